@@ -1,0 +1,37 @@
+"""The exponential moving average of the weights, from which samples are drawn (the paper's Appendix F.2)."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """A shadow of `net`, its half-life counted in images so that it does not depend on the batch size.
+
+    Args:
+        net: the network in training.
+        halflife_images: images after which a weight's share has halved.
+        rampup_ratio: early in training, the half-life is at most this share of the images seen.
+    """
+
+    def __init__(self, net: nn.Module, halflife_images: float, rampup_ratio: float = 0.05):
+        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+        self.halflife_images = halflife_images
+        self.rampup_ratio = rampup_ratio
+
+    def beta(self, images_seen: int, batch_size: int) -> float:
+        """What the shadow keeps of itself at an update: 0.5^(batch_size / half-life)."""
+        return 0.5 ** (batch_size / min(self.halflife_images, self.rampup_ratio * images_seen))
+
+    @torch.no_grad()
+    def update(self, net: nn.Module, images_seen: int, batch_size: int) -> None:
+        """Move the shadow towards `net`.
+
+        Args:
+            net: the network, after the optimizer's step.
+            images_seen: images of the whole run so far, this step's included.
+            batch_size: images of this step.
+        """
+        shadow, weights = list(self.net.parameters()), list(net.parameters())
+        torch._foreach_lerp_(shadow, weights, 1 - self.beta(images_seen, batch_size))
