@@ -1,0 +1,326 @@
+"""From a YAML file to frozen dataclasses: every key, type and range is checked here, once.
+
+The defaults are the lesson's (configs/edm.yaml). An entry's bounds stand beside it, in its metadata.
+"""
+
+import dataclasses
+import math
+import operator
+import re
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from edm.errors import UserError, nearest
+from edm.loss import NOISE_DISTRIBUTIONS, WEIGHTINGS
+from edm.precond import PRECONDITIONINGS
+from edm.unet import NETWORKS
+
+DATASETS = ("mnist", "fashion_mnist", "cifar10", "image_folder", "digits")
+
+
+def one_of(default: str, *names: str):
+    return field(default=default, metadata={"choices": names})
+
+
+def number(default, **bounds: float):
+    """A number or a list of them, `above`, `at_least`, `at_most` or `below` its bounds; finite unless at_most is infinite."""
+    return field(default=default, metadata=bounds)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    dataset: str = one_of("mnist", *DATASETS)
+    root: str = "data"
+    resolution: int = number(32, at_least=4, at_most=1024)
+    channels: int = number(1, at_least=1, at_most=3)
+    max_resident_mb: int = number(4096, at_least=0)
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    architecture: str = one_of("ddpmpp", *NETWORKS)
+    model_channels: int = number(128, at_least=4, at_most=2048)
+    channel_mult: tuple[int, ...] = number((2, 2, 2), at_least=1, at_most=64)
+    num_blocks: int = number(4, at_least=1, at_most=64)
+    attn_resolutions: tuple[int, ...] = number((16,), at_least=1)
+    dropout: float = number(0.10, at_least=0, below=1)
+    label_dim: int = number(0, at_least=0, at_most=100_000)
+
+
+@dataclass(frozen=True)
+class PreconditioningConfig:
+    formulation: str = one_of("edm", *PRECONDITIONINGS)
+    sigma_data: float = number(0.5, above=0)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    noise_distribution: str = one_of("lognormal", *NOISE_DISTRIBUTIONS)
+    P_mean: float = number(-1.2)
+    P_std: float = number(1.2, at_least=0)
+    weighting: str = one_of("edm", *WEIGHTINGS)
+    label_dropout: float = number(0.0, at_least=0, at_most=1)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    num_training_steps: int = number(20_000, at_least=1)
+    batch_size: int = number(64, at_least=1, at_most=1_000_000)
+    accumulation: int = number(1, at_least=1)
+    learning_rate: float = number(3e-4, above=0)
+    lr_rampup_images: int = number(64_000, at_least=0)
+    adam_beta1: float = number(0.9, at_least=0, below=1)
+    adam_beta2: float = number(0.999, at_least=0, below=1)
+    adam_eps: float = number(1e-8, above=0)
+    max_grad_norm: float | None = number(None, above=0)
+    mixed_precision: str = one_of("auto", "auto", "no", "fp16", "bf16")
+    save_and_sample_every_n: int = number(1000, at_least=1)
+    seed: int = number(0, at_least=0, below=2**32)
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    halflife_images: int = number(50_000, above=0)
+    rampup_ratio: float = number(0.05, above=0)
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    num_samples: int = number(64, at_least=1)
+    sampling_steps: int = number(18, at_least=1, at_most=100_000)
+    sigma_min: float = number(0.002, above=0)
+    sigma_max: float = number(80.0, above=0)
+    rho: float = number(7.0, above=0)
+    solver: str = one_of("heun", "heun", "euler")
+    S_churn: float = number(0.0, at_least=0)
+    S_min: float = number(0.0, at_least=0)
+    S_max: float = number(math.inf, at_least=0, at_most=math.inf)  # the only entry that may be infinite
+    S_noise: float = number(1.0, above=0)
+    guidance: float = number(1.0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. `name` is the config file's stem; every other field is a section of the file."""
+
+    name: str = "edm"
+    data: DataConfig = DataConfig()
+    network: NetworkConfig = NetworkConfig()
+    preconditioning: PreconditioningConfig = PreconditioningConfig()
+    loss: LossConfig = LossConfig()
+    training: TrainingConfig = TrainingConfig()
+    ema: EMAConfig = EMAConfig()
+    sampler: SamplerConfig = SamplerConfig()
+
+    def to_dict(self) -> dict:
+        """Plain nested dicts and lists, without the name: what `from_dict` reads and a checkpoint carries."""
+        sections = {key: value for key, value in dataclasses.asdict(self).items() if key != "name"}
+        return {
+            section: {key: list(value) if isinstance(value, tuple) else value for key, value in entries.items()}
+            for section, entries in sections.items()
+        }
+
+
+BOUNDS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le, "below": operator.lt}
+SECTIONS = {f.name: f.default.__class__ for f in dataclasses.fields(Config) if f.name != "name"}
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML config.
+
+    Args:
+        path: the file; its stem becomes the config's name.
+        overrides: "section.key=value" entries, which replace the file's.
+
+    Raises:
+        UserError: an unreadable file, an unknown key, a wrong type or an impossible value.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"cannot read the config {path}: {reason}") from None
+    values = parse_yaml(text, str(path))
+    return from_dict({} if values is None else values, path.stem, str(path), overrides)
+
+
+def from_dict(values: object, name: str, source: str, overrides: Iterable[str] = ()) -> Config:
+    """Check nested plain values and make them a `Config`.
+
+    Args:
+        values: {section: {key: value}}; what is left out has its default.
+        name: the config's name; a plain file name.
+        source: where the values come from, for the error messages.
+        overrides: as in `load`.
+
+    Raises:
+        UserError: as in `load`.
+    """
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+        raise UserError(f"{source}: {name!r} cannot be the name of an output folder")
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: a config is a mapping of sections ({', '.join(SECTIONS)}), not {describe(values)}")
+    sections = {}
+    for section, entries in values.items():
+        if section not in SECTIONS:
+            raise UserError(f"{source}: unknown section {section!r}; {nearest(str(section), SECTIONS)}")
+        if entries is not None and not isinstance(entries, dict):
+            raise UserError(f"{source}: {section}: must be a mapping of entries, not {describe(entries)}")
+        sections[section] = {key: (value, source) for key, value in (entries or {}).items()}
+    for override in overrides:
+        section, key, value = parse_override(override)
+        sections.setdefault(section, {})[key] = (value, "command line")
+    config = Config(name, **{section: read_section(section, entries) for section, entries in sections.items()})
+    check_combinations(config, source)
+    return config
+
+
+def parse_override(override: str) -> tuple[str, str, object]:
+    """ "section.key=value" -> section, key, value."""
+    path, equals, text = override.partition("=")
+    section, dot, key = path.partition(".")
+    if not (equals and dot and key):
+        raise UserError(
+            f"command line: {override!r} is not an override; write section.key=value, such as training.learning_rate=3e-4"
+        )
+    if section not in SECTIONS:
+        raise UserError(f"command line: unknown section {section!r} in {override!r}; {nearest(section, SECTIONS)}")
+    if typing.get_type_hints(SECTIONS[section]).get(key) is str:
+        return section, key, text  # as it stands: a folder may be called 5, or no
+    return section, key, parse_yaml(text, f"command line: {path}")
+
+
+def read_section(section: str, entries: dict):
+    """Check the entries {key: (value, source)} of one section and make its dataclass."""
+    fields = {f.name: f for f in dataclasses.fields(SECTIONS[section])}
+    hints = typing.get_type_hints(SECTIONS[section])
+    checked = {}
+    for key, (value, source) in entries.items():
+        where = f"{source}: {section}.{key}"
+        if key not in fields:
+            raise UserError(f"{where}: unknown key; {nearest(f'{section}.{key}', (f'{section}.{name}' for name in fields))}")
+        checked[key] = check(value, hints[key], fields[key].metadata, where)
+    return SECTIONS[section](**checked)
+
+
+def check(value: object, kind: type, bounds: dict, where: str):
+    """The value as its type, or a `UserError` that says what is allowed."""
+    if isinstance(kind, types.UnionType):  # float | None
+        return None if value is None else check(value, typing.get_args(kind)[0], bounds, where)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{where}: must be a list of whole numbers, such as [2, 2, 2], not {describe(value)}")
+        return tuple(check(item, int, bounds, where) for item in value)
+    if kind is str:
+        if not isinstance(value, str) or not value:
+            raise UserError(f"{where}: must be text, not {describe(value)}")
+        choices = bounds.get("choices")
+        if choices and value not in choices:
+            raise UserError(f"{where}: unknown choice {value!r}; {nearest(value, choices)}")
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value != value // 1):
+        raise UserError(f"{where}: must be a {'whole ' if kind is int else ''}number, not {describe(value)}")
+    inside = all(BOUNDS[bound](value, limit) for bound, limit in bounds.items())
+    if not inside or math.isnan(value) or (math.isinf(value) and bounds.get("at_most") != math.inf):
+        allowed = " and ".join(f"{bound.replace('_', ' ')} {limit:,}" for bound, limit in bounds.items()) or "finite"
+        raise UserError(f"{where}: {describe(value)} is out of range; it must be {allowed}")
+    return kind(value)
+
+
+def describe(value: object) -> str:
+    """A value as an error message shows it, at most 60 characters of it."""
+    text = {None: "nothing", True: "true", False: "false"}.get(value) if isinstance(value, bool | None) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check_combinations(config: Config, source: str) -> None:
+    """What no entry says alone."""
+    data, network, training, sampler = config.data, config.network, config.training, config.sampler
+
+    def refuse(key: str, why: str):
+        raise UserError(f"{source}: {key}: {why}")
+
+    if data.channels == 2:
+        refuse("data.channels", "2 is neither 1 (grey) nor 3 (colour)")
+    if data.dataset in ("mnist", "fashion_mnist") and data.resolution < 28:
+        refuse(
+            "data.resolution",
+            f"{data.dataset} images have 28 pixels and are padded, never shrunk; at least 28 is allowed",
+        )
+    if data.dataset == "cifar10" and data.resolution != 32:
+        refuse("data.resolution", f"cifar10 images have 32 pixels, not {data.resolution}")
+    if not network.channel_mult:
+        refuse("network.channel_mult", "must name at least one level, such as [2, 2, 2]")
+    halvings = len(network.channel_mult) - 1
+    if data.resolution % 2**halvings:
+        refuse(
+            "network.channel_mult",
+            f"its {halvings + 1} levels halve the image {halvings} times, but data.resolution is {data.resolution}",
+        )
+    levels = [data.resolution >> level for level in range(halvings + 1)]
+    for res in network.attn_resolutions:
+        if res not in levels:
+            refuse(
+                "network.attn_resolutions",
+                f"{res} is not a resolution of this network; allowed: {', '.join(map(str, levels))}",
+            )
+    if network.model_channels % 2:
+        refuse("network.model_channels", f"must be even (half sines, half cosines), not {network.model_channels}")
+    if training.batch_size % training.accumulation:
+        refuse(
+            "training.accumulation",
+            f"{training.accumulation} does not divide training.batch_size {training.batch_size}",
+        )
+    if sampler.sigma_min >= sampler.sigma_max:
+        refuse("sampler.sigma_min", f"{sampler.sigma_min} must be below sampler.sigma_max {sampler.sigma_max}")
+    if sampler.S_min > sampler.S_max:
+        refuse("sampler.S_min", f"{sampler.S_min} must not be above sampler.S_max {sampler.S_max}")
+    if not network.label_dim and (config.loss.label_dropout or sampler.guidance != 1):
+        key = "loss.label_dropout" if config.loss.label_dropout else "sampler.guidance"
+        refuse(key, "needs a class-conditional network (network.label_dim above 0)")
+
+
+class StrictLoader(yaml.SafeLoader):
+    """YAML without surprises: 1e-4 is a number, repeated keys are errors, and so are aliases, which can grow without bound."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value in seen:
+                problem = f"{key.value!r} is given twice" if isinstance(key, yaml.ScalarNode) else "a key must be a plain word"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, which PyYAML reads, takes 1e-4 for a word: it wants a dot and a sign.
+StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str, where: str) -> object:
+    """Plain values from YAML text.
+
+    Raises:
+        UserError: not YAML, with the line at fault.
+    """
+    try:
+        return yaml.load(text, StrictLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or 'unreadable'}") from None
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{where}: not valid YAML: {type(error).__name__}") from None

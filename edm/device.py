@@ -1,0 +1,36 @@
+"""Where the arithmetic runs, and in which precision."""
+
+import torch
+
+from edm.errors import UserError
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The named device, or the best one there is: CUDA, else Apple's MPS, else the CPU.
+
+    Raises:
+        UserError: the device is unknown, or not on this machine.
+    """
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available[:0] = ["cuda"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if name is None:
+        return torch.device(available[0])
+    if name not in available:
+        raise UserError(f"--device: {name!r} is not on this machine; allowed: {', '.join(available)}")
+    return torch.device(name)
+
+
+def autocast_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
+    """The precision of the network's matrix products; float32 means no mixed precision.
+
+    Args:
+        mixed_precision: "no", "fp16", "bf16", or "auto": bf16 on GPUs whose tensor cores have it (compute capability 8.0 on;
+            a T4, 7.5, only emulates it, slowly, and still reports it as supported), fp16 from 7.0 on, float32 elsewhere.
+    """
+    if mixed_precision == "auto" and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        mixed_precision = "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "no"
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
