@@ -1,0 +1,181 @@
+"""Data sets and batches. Images are uint8 (C, H, W) here; `to_model_range` makes them what the model sees."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchvision import datasets
+from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
+
+from edm.digits import draw_digits
+from edm.errors import UserError
+from edm.randomness import generator_for
+
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+def to_model_range(images: torch.Tensor) -> torch.Tensor:
+    """uint8 0..255 -> float32 -1..1."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """-1..1, clamped -> uint8 0..255, to the nearest grey level."""
+    return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def open_dataset(dataset: str, root: str, resolution: int, channels: int, label_dim: int) -> Dataset:
+    """The training images of a data set.
+
+    Args:
+        dataset: mnist, fashion_mnist, cifar10, image_folder or digits.
+        root: torchvision's root folder (downloaded into where missing), or the folder of images; digits needs none.
+        resolution: height and width, in pixels.
+        channels: 1 (colour is turned to grey) or 3 (grey is repeated).
+        label_dim: how many classes the network knows; 0 for none.
+
+    Returns:
+        A map-style data set of (uint8 (channels, resolution, resolution), label).
+
+    Raises:
+        UserError: the data cannot be found, downloaded or read, or has more classes than the network.
+    """
+    if dataset == "image_folder":
+        opened = ImageFolder(root, resolution, channels)
+        num_classes = len(opened.classes)
+    else:
+        images, labels = draw_digits(resolution) if dataset == "digits" else torchvision_images(dataset, root, resolution)
+        opened = TensorDataset(with_channels(images, channels), labels)
+        num_classes = 10
+    if label_dim and num_classes > label_dim:
+        raise UserError(f"network.label_dim: {dataset} has {num_classes} classes, more than the network's {label_dim}")
+    return opened
+
+
+def torchvision_images(dataset: str, root: str, resolution: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """All training images, (N, C, resolution, resolution) uint8, and labels, (N,). Smaller images are padded with black."""
+    cls = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[dataset]
+    try:
+        opened = cls(root, train=True, download=True)
+    except Exception as error:  # torchvision raises whatever its download or its parser came upon
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{dataset} could be neither read from {root!r} nor downloaded ({reason}); name the folder that holds it with "
+            "--data_root, or try --config_path configs/quickstart.yaml, which needs no download"
+        ) from None
+    images = torch.as_tensor(opened.data)
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    before = (resolution - images.shape[-1]) // 2
+    after = resolution - images.shape[-1] - before
+    return torch.nn.functional.pad(images, (before, after, before, after)), torch.as_tensor(opened.targets)
+
+
+def with_channels(images: torch.Tensor, channels: int) -> torch.Tensor:
+    """(N, 1 or 3, H, W) uint8 -> (N, channels, H, W): grey repeated, colour weighted by ITU-R 601's luma."""
+    if images.shape[1] == 3 and channels == 1:
+        weights = torch.tensor([0.299, 0.587, 0.114])
+        return torch.cat([torch.einsum("nchw,c->nhw", part.float(), weights).round() for part in images.split(1000)])[
+            :, None
+        ].byte()
+    return images.expand(-1, channels, -1, -1)
+
+
+class ImageFolder(Dataset):
+    """Every image under a folder, centre-cropped to a square and resized. The first level of sub-folders names the classes
+    (a folder without sub-folders is one class).
+
+    Raises:
+        UserError: no folder, no images in it, or (when it is read) an unreadable image.
+    """
+
+    def __init__(self, root: str, resolution: int, channels: int):
+        self.root, self.resolution, self.channels = Path(root), resolution, channels
+        if not self.root.is_dir():
+            raise UserError(f"data.root: {root!r} is not a folder; name a folder of images with --data_root")
+        self.paths = sorted(
+            path
+            for path in self.root.rglob("*")
+            if path.suffix.lower() in IMAGE_SUFFIXES
+            and path.is_file()
+            and not any(part.startswith((".", "__")) for part in path.relative_to(root).parts)
+        )
+        if not self.paths:
+            raise UserError(f"data.root: there is no image in {root!r} ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        folders = [path.relative_to(root).parts[0] if path.parent != self.root else "" for path in self.paths]
+        self.classes = sorted(set(folders))
+        self.labels = [self.classes.index(folder) for folder in folders]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        try:
+            with Image.open(self.paths[index]) as image:
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would clip them to white
+                    image = image.point(lambda value: value / 256).convert("L")
+                image = image.convert("L" if self.channels == 1 else "RGB")
+                image = ImageOps.fit(image, (self.resolution, self.resolution), Image.Resampling.LANCZOS)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(f"cannot read the image {self.paths[index]}: {str(error).partition('\n')[0]}") from None
+        return pil_to_tensor(image), self.labels[index]
+
+
+def shuffled_batches(num_images: int, batch_size: int, seed: int, first_step: int = 0) -> Iterator[torch.Tensor]:
+    """Indices (batch_size,) without end: every epoch is a permutation of its own, batches run on from one into the next.
+
+    Args:
+        first_step: how many batches to leave out. Batch k is the same whichever step a run starts from.
+    """
+    epoch, offset = divmod(first_step * batch_size, num_images)
+    pending = torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(pending) < batch_size:
+            permutation = torch.randperm(num_images, generator=generator_for(seed, "epoch", epoch))
+            pending = torch.cat([pending, permutation[offset:]])
+            epoch, offset = epoch + 1, 0
+        yield pending[:batch_size]
+        pending = pending[batch_size:]
+
+
+def batches(
+    dataset: Dataset, batch_size: int, seed: int, first_step: int, device: torch.device, max_resident_mb: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches without end, on the device: images (batch_size, C, H, W) uint8, labels (batch_size,).
+
+    A data set of at most `max_resident_mb` stays on the device as uint8 and is batched there; a larger one streams through
+    worker processes. Both give the same batches.
+    """
+    indices = shuffled_batches(len(dataset), batch_size, seed, first_step)
+    resident = len(dataset) * dataset[0][0].numel() <= max_resident_mb * 2**20
+    return resident_batches(dataset, indices, device) if resident else streamed_batches(dataset, indices, device)
+
+
+def resident_batches(dataset: Dataset, indices: Iterator[torch.Tensor], device: torch.device):
+    """Batches cut from images that stay on the device."""
+    images, labels = (part.to(device) for part in whole(dataset))
+    for index in indices:
+        index = index.to(device, non_blocking=True)
+        yield images[index], labels[index]
+
+
+def streamed_batches(dataset: Dataset, indices: Iterator[torch.Tensor], device: torch.device):
+    """Batches read by worker processes, ahead of their use."""
+    loader = DataLoader(dataset, batch_sampler=indices, num_workers=os.cpu_count() or 1, pin_memory=device.type == "cuda")
+    try:
+        for images, labels in loader:
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    except UserError as error:  # a worker's error comes wrapped in its traceback; the last line is what was raised
+        raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2]) from None
+
+
+def whole(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """A data set as two tensors: images (N, C, H, W) uint8, labels (N,)."""
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors
+    items = [dataset[index] for index in tqdm(range(len(dataset)), desc="reading images", leave=False)]
+    return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
