@@ -1,0 +1,98 @@
+"""Checkpoints: plain tensors, numbers and text in one file, `diffusion-{step}.pt`.
+
+A training checkpoint holds `step`, `name`, `config` (nested plain values), `ema` (the weights that samples come from), `net`,
+`optimizer` and `scaler`. An exported one, for sampling, holds `step`, `name`, `config` and `ema` in half precision.
+"""
+
+import re
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from edm import config as configs
+from edm.config import Config
+from edm.errors import UserError
+from edm.files import write_whole
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"diffusion-{step}.pt"
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, rising."""
+    matches = (re.fullmatch(r"diffusion-(\d+)\.pt", path.name) for path in folder.glob("diffusion-*.pt"))
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def write(path: Path, contents: dict) -> None:
+    """Write a checkpoint whole or not at all.
+
+    Raises:
+        UserError: the folder cannot be written to, or the disk is full.
+    """
+    write_whole(path, lambda file: torch.save(contents, file))
+
+
+def read(path: str | Path) -> dict:
+    """Read a checkpoint onto the CPU. No code in the file can run.
+
+    Raises:
+        UserError: no such file, a damaged one, or one of something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = ", ".join(f"diffusion-{step}.pt" for step in saved_steps(path.parent)[-5:])
+        raise UserError(f"there is no checkpoint {path}" + (f"; beside it are {near}" if near else ""))
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the archive's checksums
+            if archive.testzip() is not None:
+                raise ValueError("checksum")
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
+    except Exception:  # a damaged or hostile archive can make the readers raise anything
+        raise UserError(f"{path} is damaged, or not a checkpoint of this project") from None
+    if not isinstance(contents, dict) or not {"config", "name", "step", "ema"} <= contents.keys():
+        raise UserError(f"{path} is not a checkpoint of this project: it lacks config, name, step or ema")
+    return contents
+
+
+def read_config(contents: dict, path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """The config a checkpoint carries, checked like a file.
+
+    Raises:
+        UserError: it, or one of the overrides, does not pass.
+    """
+    return configs.from_dict(contents["config"], contents["name"], f"the config in {path}", overrides)
+
+
+def export(source: Path, target: Path) -> None:
+    """Write a checkpoint for sampling only: the averaged weights in half precision, the step, the name and the config.
+
+    Raises:
+        UserError: the source cannot be read or the target cannot be written.
+    """
+    contents = read(source)
+    kept = {key: contents[key] for key in ("step", "name", "config")}
+    write(target, {**kept, "ema": {name: tensor.half() for name, tensor in contents["ema"].items()}})
+    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
+
+
+def load_weights(module: torch.nn.Module, weights: dict, path: str | Path) -> None:
+    """Copy weights into a module of the same architecture, whatever their precision.
+
+    Raises:
+        UserError: they belong to another architecture; the first parameter that differs is named.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()} if isinstance(weights, dict) else {}
+    for name in sorted(expected.keys() | found.keys(), key=list(expected | found).index):
+        if expected.get(name) != found.get(name):
+            raise UserError(
+                f"the weights in {path} are of another network than the config's: "
+                f"{name} is {found.get(name, 'missing')} there and {expected.get(name, 'missing')} here"
+            )
+    module.load_state_dict(weights)

@@ -1,0 +1,174 @@
+"""From a checkpoint and seeds to images."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.nn.functional import one_hot
+from tqdm import tqdm
+
+from edm import checkpoint, pictures
+from edm import config as configs
+from edm.config import Config
+from edm.data import to_uint8
+from edm.device import autocast_dtype
+from edm.errors import UserError
+from edm.precond import PRECONDITIONINGS, Denoiser
+from edm.randomness import ImageNoise
+from edm.sampler import edm_sampler, guided
+from edm.schedule import edm_steps
+from edm.unet import NETWORKS
+
+
+def build_denoiser(config: Config) -> Denoiser:
+    """The config's network, freshly initialised, wrapped in its preconditioning.
+
+    Raises:
+        UserError: the config's widths make no network.
+    """
+    options = {
+        "model_channels": config.network.model_channels,
+        "channel_mult": config.network.channel_mult,
+        "num_blocks": config.network.num_blocks,
+        "attn_resolutions": config.network.attn_resolutions,
+        "dropout": config.network.dropout,
+    }
+    try:
+        model = NETWORKS[config.network.architecture](
+            config.data.resolution, config.data.channels, label_dim=config.network.label_dim, **options
+        )
+    except ValueError as error:
+        raise UserError(f"network: {error}") from None
+    return Denoiser(model, PRECONDITIONINGS[config.preconditioning.formulation](config.preconditioning.sigma_data))
+
+
+def class_labels(seeds: list[int], label_dim: int, class_index: int | None = None) -> torch.Tensor | None:
+    """One-hot labels (B, label_dim): the class asked for, or else, seed by seed, all classes in turn. None without classes."""
+    if not label_dim:
+        return None
+    return one_hot(torch.tensor([seed % label_dim if class_index is None else class_index for seed in seeds]), label_dim)
+
+
+def grid_columns(config: Config, class_index: int | None = None) -> int | None:
+    """A column for each class where the classes take turns; None leaves the grid about square."""
+    return config.network.label_dim if class_index is None and 0 < config.network.label_dim <= 20 else None
+
+
+def generate(
+    denoiser: Denoiser,
+    seeds: list[int],
+    config: Config,
+    device: torch.device,
+    batch_size: int,
+    precision: torch.dtype = torch.float32,
+    class_index: int | None = None,
+    every_step: bool = False,
+) -> Iterator[torch.Tensor]:
+    """Images from seeds: image i depends on seeds[i] alone, up to float rounding.
+
+    Args:
+        denoiser: on `device`, in evaluation mode.
+        config: what the denoiser was made from, and how to sample.
+        batch_size: images at a time.
+        precision: the network's, as `autocast_dtype` gives it.
+        class_index: the class of all images; by default all classes in turn.
+        every_step: yield the sampler's every state, not only its last.
+
+    Yields:
+        (frames, B, C, H, W) uint8 on the CPU, batch after batch: the noisy images after each step, scaled to the data's
+        standard deviation, the last being the samples. Without `every_step`, frames is 1.
+    """
+    sampler = config.sampler
+    shape = (config.data.channels, config.data.resolution, config.data.resolution)
+    state_dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    t_steps = edm_steps(sampler.sampling_steps, sampler.sigma_min, sampler.sigma_max, sampler.rho)
+    sigma_data = config.preconditioning.sigma_data
+    batches = [seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)]
+    with tqdm(total=len(batches) * sampler.sampling_steps, desc="sampling", unit="step", leave=False) as bar:
+        for batch in batches:
+            noise = ImageNoise(batch, shape, device, state_dtype)
+            labels = class_labels(batch, config.network.label_dim, class_index)
+            states = edm_sampler(
+                guided(denoiser, sampler.guidance),
+                noise(),
+                t_steps,
+                labels if labels is None else labels.to(device),
+                solver=sampler.solver,
+                S_churn=sampler.S_churn,
+                S_min=sampler.S_min,
+                S_max=sampler.S_max,
+                S_noise=sampler.S_noise,
+                noise=noise,
+            )
+            frames = []
+            with torch.no_grad(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                for state in states:
+                    if every_step or state.sigma == 0:
+                        scale = sigma_data / (state.sigma**2 + sigma_data**2) ** 0.5
+                        frames.append(to_uint8(state.x * scale).cpu())
+                    bar.update()
+            yield torch.stack(frames)
+
+
+MAX_GRID = 2500  # images in a grid; what comes after is written only as single files
+
+
+def write_samples(
+    path: Path,
+    config_path: Path | None,
+    overrides: list[str],
+    seeds: list[int],
+    device: torch.device,
+    batch_size: int,
+    mixed_precision: str = "no",
+    class_index: int | None = None,
+    output_dir: Path | None = None,
+    save_images: bool = False,
+    gif: bool = False,
+) -> None:
+    """Sample from a checkpoint's averaged weights and write a grid, and on request single images and a GIF.
+
+    Args:
+        path: the checkpoint.
+        config_path: the config; by default the one that the checkpoint carries.
+        overrides: "sampler.key=value" entries, which replace the config's.
+        seeds, device, batch_size, class_index: as in `generate`.
+        mixed_precision: as in `autocast_dtype`.
+        output_dir: where to; by default output/image/<dataset>/sample/<config name>.
+        save_images: write every image as images/<seed>.png, too.
+        gif: write the reverse process as reverse.gif, too.
+
+    Raises:
+        UserError: a bad checkpoint or config, a class the network does not know, a folder that cannot be written to.
+    """
+    contents = checkpoint.read(path)
+    carried = checkpoint.read_config(contents, path, overrides)
+    config = carried if config_path is None else configs.load(config_path, overrides)
+    label_dim = config.network.label_dim
+    if class_index is not None and class_index >= label_dim:
+        known = f"its classes are 0 to {label_dim - 1}" if label_dim else "the network is unconditional"
+        raise UserError(f"--class: {class_index} is not a class of {path}: {known}")
+    denoiser = build_denoiser(config)
+    checkpoint.load_weights(denoiser, contents["ema"], path)
+    denoiser.to(device, memory_format=torch.channels_last).eval()
+
+    folder = output_dir or Path("output/image") / config.data.dataset / "sample" / config.name
+    precision = autocast_dtype(mixed_precision, device)
+    shown = []  # (frames, B, C, H, W) of the batches in the grid
+    for start, frames in enumerate(
+        generate(denoiser, seeds, config, device, batch_size, precision, class_index, every_step=gif)
+    ):
+        if save_images:
+            for seed, image in zip(seeds[start * batch_size :], frames[-1]):
+                pictures.save_image(folder / "images" / f"{seed:06d}.png", image)
+        if start * batch_size < MAX_GRID:
+            shown.append(frames)
+    columns = grid_columns(config, class_index)
+    grids = [pictures.grid(images[:MAX_GRID], columns) for images in torch.cat(shown, dim=1)]
+    pictures.save_image(folder / "grid.png", grids[-1])
+    print(f"{min(len(seeds), MAX_GRID)} images of {len(seeds)} in {folder / 'grid.png'}")
+    if save_images:
+        print(f"{len(seeds)} single images in {folder / 'images'}")
+    if gif:
+        pictures.save_gif(folder / "reverse.gif", grids)
+        print(f"the reverse process in {folder / 'reverse.gif'}")

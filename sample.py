@@ -1,0 +1,70 @@
+"""Sample images from a checkpoint: a grid, and on request single PNGs and a GIF of the reverse process."""
+
+import dataclasses
+from pathlib import Path
+
+from edm.checkpoint import export
+from edm.cli import Parser, at_least, run, seed_list
+from edm.config import SamplerConfig
+from edm.device import pick_device
+from edm.generate import write_samples
+
+SAMPLER_FLAGS = [field.name for field in dataclasses.fields(SamplerConfig) if field.name != "num_samples"]
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a diffusion-*.pt file")
+    parser.add_argument("--config_path", type=Path, help="the YAML config (default: the one that the checkpoint carries)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--num_samples", type=at_least(1), help="how many images, from seeds 0, 1, 2, ... (default: 64)")
+    which.add_argument("--seeds", type=seed_list, help="which images, such as 0-63,100; an image depends on its seed alone")
+    parser.add_argument(
+        "--class",
+        type=at_least(0),
+        dest="class_index",
+        metavar="K",
+        help="the class of all images (default: all in turn)",
+    )
+    for name in SAMPLER_FLAGS:
+        parser.add_argument(f"--{name}", metavar="VALUE", help=f"replaces the config's sampler.{name}")
+    parser.add_argument("--batch_size", type=at_least(1), default=64, help="images at a time (default: 64)")
+    parser.add_argument("--save_images", action="store_true", help="also write every image as images/<seed>.png")
+    parser.add_argument("--gif", action="store_true", help="also write the reverse process as reverse.gif")
+    parser.add_argument("--output_dir", type=Path, help="where to (default: output/image/<dataset>/sample/<config name>)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that there is)")
+    parser.add_argument(
+        "--mixed_precision",
+        choices=["no", "auto", "fp16", "bf16"],
+        default="no",
+        help="the network's precision (default: no)",
+    )
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="write the averaged weights alone, in half precision, instead of sampling",
+    )
+    args = parser.parse_args()
+
+    overrides = [f"sampler.{name}={getattr(args, name)}" for name in SAMPLER_FLAGS if getattr(args, name) is not None]
+    if args.export:
+        export(args.checkpoint, args.export)
+        return
+    write_samples(
+        args.checkpoint,
+        args.config_path,
+        overrides,
+        args.seeds or list(range(args.num_samples or 64)),
+        pick_device(args.device),
+        batch_size=args.batch_size,
+        mixed_precision=args.mixed_precision,
+        class_index=args.class_index,
+        output_dir=args.output_dir,
+        save_images=args.save_images,
+        gif=args.gif,
+    )
+
+
+if __name__ == "__main__":
+    run(main)
