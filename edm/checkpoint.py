@@ -57,6 +57,8 @@ def read(path: str | Path) -> dict:
         raise UserError(f"{path} is damaged, or not a checkpoint of this project") from None
     if not isinstance(contents, dict) or not {"config", "name", "step", "ema"} <= contents.keys():
         raise UserError(f"{path} is not a checkpoint of this project: it lacks config, name, step or ema")
+    if not isinstance(contents["step"], int) or contents["step"] < 0:
+        raise UserError(f"{path} is not a checkpoint of this project: its step is {contents['step']!r:.60}")
     return contents
 
 
@@ -88,7 +90,8 @@ def load_weights(module: torch.nn.Module, weights: dict, path: str | Path) -> No
         UserError: they belong to another architecture; the first parameter that differs is named.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()} if isinstance(weights, dict) else {}
+    weights = weights if isinstance(weights, dict) else {}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
     for name in sorted(expected.keys() | found.keys(), key=list(expected | found).index):
         if expected.get(name) != found.get(name):
             raise UserError(

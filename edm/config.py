@@ -6,18 +6,16 @@ The defaults are the lesson's (configs/edm.yaml). An entry's bounds stand beside
 import dataclasses
 import math
 import operator
-import re
 import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 from edm.errors import UserError, nearest
 from edm.loss import NOISE_DISTRIBUTIONS, WEIGHTINGS
 from edm.precond import PRECONDITIONINGS
+from edm.strictyaml import parse_yaml
 from edm.unet import NETWORKS
 
 DATASETS = ("mnist", "fashion_mnist", "cifar10", "image_folder", "digits")
@@ -74,6 +72,7 @@ class TrainingConfig:
     accumulation: int = number(1, at_least=1)
     learning_rate: float = number(3e-4, above=0)
     lr_rampup_images: int = number(64_000, at_least=0)
+    lr_halflife_images: int | None = number(None, at_least=1)
     adam_beta1: float = number(0.9, at_least=0, below=1)
     adam_beta2: float = number(0.999, at_least=0, below=1)
     adam_eps: float = number(1e-8, above=0)
@@ -145,7 +144,9 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"cannot read the config {path}: {reason}") from None
+        beside = [str(other) for other in sorted(path.parent.glob("*.yaml"))]
+        hint = f"; {nearest(str(path), beside)}" if beside and not path.exists() else ""
+        raise UserError(f"cannot read the config {path}: {reason}{hint}") from None
     values = parse_yaml(text, str(path))
     return from_dict({} if values is None else values, path.stem, str(path), overrides)
 
@@ -182,7 +183,7 @@ def from_dict(values: object, name: str, source: str, overrides: Iterable[str] =
 
 
 def parse_override(override: str) -> tuple[str, str, object]:
-    """ "section.key=value" -> section, key, value."""
+    """Split "section.key=value" into its three parts."""
     path, equals, text = override.partition("=")
     section, dot, key = path.partition(".")
     if not (equals and dot and key):
@@ -284,43 +285,3 @@ def check_combinations(config: Config, source: str) -> None:
     if not network.label_dim and (config.loss.label_dropout or sampler.guidance != 1):
         key = "loss.label_dropout" if config.loss.label_dropout else "sampler.guidance"
         refuse(key, "needs a class-conditional network (network.label_dim above 0)")
-
-
-class StrictLoader(yaml.SafeLoader):
-    """YAML without surprises: 1e-4 is a number, repeated keys are errors, and so are aliases, which can grow without bound."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", self.peek_event().start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.value in seen:
-                problem = f"{key.value!r} is given twice" if isinstance(key, yaml.ScalarNode) else "a key must be a plain word"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1, which PyYAML reads, takes 1e-4 for a word: it wants a dot and a sign.
-StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def parse_yaml(text: str, where: str) -> object:
-    """Plain values from YAML text.
-
-    Raises:
-        UserError: not YAML, with the line at fault.
-    """
-    try:
-        return yaml.load(text, StrictLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or 'unreadable'}") from None
-    except (RecursionError, ValueError) as error:
-        raise UserError(f"{where}: not valid YAML: {type(error).__name__}") from None

@@ -1,5 +1,7 @@
 """Data sets and batches. Images are uint8 (C, H, W) here; `to_model_range` makes them what the model sees."""
 
+import contextlib
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +62,8 @@ def torchvision_images(dataset: str, root: str, resolution: int) -> tuple[torch.
     """All training images, (N, C, resolution, resolution) uint8, and labels, (N,). Smaller images are padded with black."""
     cls = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[dataset]
     try:
-        opened = cls(root, train=True, download=True)
+        with contextlib.redirect_stdout(io.StringIO()):  # torchvision prints every mirror it tries
+            opened = cls(root, train=True, download=True)
     except Exception as error:  # torchvision raises whatever its download or its parser came upon
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
@@ -121,7 +124,8 @@ class ImageFolder(Dataset):
                 image = image.convert("L" if self.channels == 1 else "RGB")
                 image = ImageOps.fit(image, (self.resolution, self.resolution), Image.Resampling.LANCZOS)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"cannot read the image {self.paths[index]}: {str(error).partition('\n')[0]}") from None
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"cannot read the image {self.paths[index]}: {reason}") from None
         return pil_to_tensor(image), self.labels[index]
 
 

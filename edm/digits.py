@@ -42,7 +42,7 @@ def draw_glyph(digit: int, stroke: int, size: int) -> Image.Image:
 def distorted(glyph: Image.Image, rng: random.Random) -> torch.Tensor:
     """A random affine view of the glyph, averaged down: (1, H, W), uint8."""
     size, middle = glyph.size[0], glyph.size[0] / 2
-    angle, shear = math.radians(rng.gauss(0, 7)), rng.gauss(0, 0.12)
+    angle, shear = math.radians(rng.gauss(0, 6)), rng.gauss(0, 0.1)
     scale_x, scale_y = rng.uniform(0.75, 1.05), rng.uniform(0.85, 1.05)
     shift_x, shift_y = rng.gauss(0, 0.03) * size, rng.gauss(0, 0.03) * size
 

@@ -88,8 +88,11 @@ class Learner:
             torch.nan_to_num(parameter.grad, nan=0, posinf=1e5, neginf=-1e5, out=parameter.grad)
         if training.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.net.parameters(), training.max_grad_norm)
+        learning_rate = training.learning_rate * min(images_seen / max(training.lr_rampup_images, 1), 1)
+        if training.lr_halflife_images is not None:
+            learning_rate *= 0.5 ** (images_seen / training.lr_halflife_images)
         for group in self.optimizer.param_groups:
-            group["lr"] = training.learning_rate * min(images_seen / max(training.lr_rampup_images, 1), 1)
+            group["lr"] = learning_rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.ema.update(self.net, images_seen, batch_size)
@@ -98,7 +101,7 @@ class Learner:
         return {
             "net": self.net.state_dict(),
             "ema": self.ema.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],  # its settings are the config's
             "scaler": self.scaler.state_dict(),
         }
 
@@ -115,10 +118,11 @@ class Learner:
         checkpoint.load_weights(self.net, state["net"], path)
         checkpoint.load_weights(self.ema.net, state["ema"], path)
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-        except (ValueError, KeyError, RuntimeError) as error:
-            raise UserError(f"{path}: its optimizer does not fit the config's network: {str(error).splitlines()[0]}") from None
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})
+            if state["scaler"]:  # empty unless the run was in fp16
+                self.scaler.load_state_dict(state["scaler"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+            raise UserError(f"the optimizer's or the scaler's state in {path} is not one of this project") from None
 
 
 def train(

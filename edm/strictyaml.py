@@ -1,0 +1,53 @@
+"""YAML text to plain values, without YAML's surprises."""
+
+import re
+
+import yaml
+
+from edm.errors import UserError
+
+
+class StrictLoader(yaml.SafeLoader):
+    """Numbers and booleans as in YAML 1.2; repeated keys are errors, and so are aliases, which can grow without bound."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value in seen:
+                problem = f"{key.value!r} is given twice" if isinstance(key, yaml.ScalarNode) else "a key must be a plain word"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, which PyYAML reads, takes 1e-4 for a word (it wants a dot and a sign), and no and off for false.
+StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str, where: str) -> object:
+    """Plain values from YAML text.
+
+    Raises:
+        UserError: not YAML, with the line at fault.
+    """
+    try:
+        return yaml.load(text, StrictLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or 'unreadable'}") from None
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{where}: not valid YAML: {type(error).__name__}") from None
