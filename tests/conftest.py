@@ -1,0 +1,58 @@
+"""What the tests share: a tiny data set, a tiny run, and a way to call the scripts as a user does."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+TINY = """
+data: {dataset: image_folder, root: ROOT, resolution: 8, channels: CHANNELS}
+network: {model_channels: 8, channel_mult: [1, 2], num_blocks: 1, attn_resolutions: [4], dropout: 0.1, label_dim: 2}
+loss: {label_dropout: 0.2}
+training: {num_training_steps: 6, batch_size: 4, learning_rate: 1e-3, lr_rampup_images: 8, save_and_sample_every_n: 3}
+ema: {halflife_images: 100}
+sampler: {num_samples: 4, sampling_steps: 3}
+"""
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    """Two classes of colour images: seven dark ones, six bright ones."""
+    generator = torch.Generator().manual_seed(0)
+    for index in range(13):
+        folder = tmp_path / "images" / ("dark" if index < 7 else "light")
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 40, (12, 10, 3), generator=generator) + (0 if index < 7 else 200)
+        Image.fromarray(pixels.byte().numpy()).save(folder / f"{index:02d}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture(params=[1, 3], ids=["grey", "colour"])
+def tiny(request, tmp_path, image_folder) -> Path:
+    """The config file of a run that takes a second."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.replace("ROOT", str(image_folder)).replace("CHANNELS", str(request.param)))
+    return path
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch, capsys):
+    """Call a script in a folder of its own: script("sample.py", "--seeds", "0") -> (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(name: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call

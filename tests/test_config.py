@@ -1,0 +1,136 @@
+"""Configs: what passes, and the one line that comes of what does not."""
+
+import dataclasses
+import re
+
+import pytest
+from conftest import ROOT
+
+from edm import config as configs
+from edm.config import Config
+from edm.errors import UserError
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_and_explains_every_entry(path):
+    config = configs.load(path)
+    assert config.name == path.stem
+    entries = re.findall(r"^  (\w+): (.*)$", path.read_text(), re.MULTILINE)
+    assert {key for key, _ in entries} == {key for section in config.to_dict().values() for key in section}
+    assert all("#" in rest for _, rest in entries)
+
+
+def test_the_lesson_is_the_default():
+    assert configs.load(ROOT / "configs/edm.yaml") == Config()
+
+
+def test_a_config_survives_the_round_trip_through_a_checkpoint():
+    config = configs.load(ROOT / "configs/edm_cond.yaml", ["network.channel_mult=[1, 2]", "training.max_grad_norm=1"])
+    assert configs.from_dict(config.to_dict(), "edm_cond", "checkpoint") == config
+    assert config.network.channel_mult == (1, 2)
+    assert config.training.max_grad_norm == 1.0
+
+
+@pytest.mark.parametrize("text", ["3e-4", "0.0003", "3.0e-4", ".3e-3", "+3E-4"])
+def test_numbers_as_people_write_them(text, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"training:\n  learning_rate: {text}\n")
+    assert configs.load(path).training.learning_rate == 3e-4
+    assert configs.load(path, ["training.learning_rate=1e-2"]).training.learning_rate == 0.01
+
+
+def test_no_is_a_word(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("training:\n  mixed_precision: no\n")
+    assert configs.load(path).training.mixed_precision == "no"
+
+
+def test_text_entries_are_taken_as_they_stand():
+    assert configs.from_dict({}, "x", "x", ["data.root=1e3"]).data.root == "1e3"
+    assert configs.from_dict({}, "x", "x", ["data.root=a=b: c"]).data.root == "a=b: c"
+
+
+BAD_OVERRIDES = {
+    "training.learing_rate=1": "did you mean 'training.learning_rate'",
+    "trainin.seed=1": "did you mean 'training'",
+    "training.seed=-1": "training.seed: -1 is out of range; it must be at least 0 and below 4,294,967,296",
+    "training.seed=1.5": "training.seed: must be a whole number, not 1.5",
+    "training.batch_size=true": "training.batch_size: must be a whole number, not true",
+    "training.batch_size=sixty": "training.batch_size: must be a whole number, not 'sixty'",
+    "training.learning_rate=.inf": "training.learning_rate: inf is out of range",
+    "training.learning_rate=0": "training.learning_rate: 0 is out of range; it must be above 0",
+    "sampler.S_max=.nan": "sampler.S_max: nan is out of range",
+    "network.dropout=1": "network.dropout: 1 is out of range; it must be at least 0 and below 1",
+    "network.channel_mult=2": "network.channel_mult: must be a list of whole numbers, such as [2, 2, 2], not 2",
+    "network.channel_mult=[2, x]": "network.channel_mult: must be a whole number, not 'x'",
+    "network.channel_mult=[]": "must name at least one level",
+    "network.channel_mult=[1, 1, 1, 1, 1, 1, 1]": "halve the image 6 times",
+    "network.attn_resolutions=[15]": "15 is not a resolution of this network; allowed: 32, 16, 8",
+    "network.model_channels=33": "must be even",
+    "data.dataset=mnits": "unknown choice 'mnits'; did you mean 'mnist'",
+    "data.channels=2": "neither 1 (grey) nor 3 (colour)",
+    "data.resolution=16": "padded, never shrunk",
+    "training.accumulation=3": "3 does not divide training.batch_size 64",
+    "sampler.sigma_min=100": "must be below sampler.sigma_max",
+    "sampler.guidance=2": "needs a class-conditional network",
+    "loss.label_dropout=0.1": "needs a class-conditional network",
+    "training.seed": "write section.key=value",
+    "seed=1": "write section.key=value",
+    "training.seed=[": "not valid YAML",
+}
+
+
+@pytest.mark.parametrize(("override", "message"), BAD_OVERRIDES.items())
+def test_bad_overrides(override, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        configs.from_dict({}, "x", "x", [override])
+    assert "\n" not in str(error.value)
+
+
+BAD_FILES = {
+    "data: 3": "data: must be a mapping of entries, not 3",
+    "- 1": "a config is a mapping of sections",
+    "datta:\n  root: x": "unknown section 'datta'; did you mean 'data'",
+    "data:\n  root: a\n  root: b": "line 3: not valid YAML: 'root' is given twice",
+    "data:\n  root: [": "line 2: not valid YAML",
+    "a: &a [1]\nb: *a": "line 2: not valid YAML: aliases are not allowed",
+    "data: !!python/object/apply:os.system [ls]": "not valid YAML",
+    "data: {[1]: 2}": "a key must be a plain word",
+    "training: {seed: 99999999999}": "training.seed: 99999999999 is out of range",
+    "training: {1: 2}": "training.1: unknown key",
+    "[" * 5000: "not valid YAML",
+    "\x00": "not valid YAML",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_FILES.items(), ids=range(len(BAD_FILES)))
+def test_bad_files(text, message, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        configs.load(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_and_unreadable_files(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        configs.load(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="directory"):
+        configs.load(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(UserError, match="UTF-8"):
+        configs.load(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", "", 5])
+def test_a_name_from_a_stranger_cannot_leave_the_output_folder(name):
+    with pytest.raises(UserError, match="output folder"):
+        configs.from_dict({}, name, "x")
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().training.seed = 1

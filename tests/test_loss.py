@@ -1,0 +1,73 @@
+"""The noise distribution, the weighting, the loss and the moving average."""
+
+import pytest
+import torch
+from reference import OFFICIAL, assert_close
+from torch import nn
+
+from edm.ema import EMA
+from edm.loss import LogNormal, denoising_loss, edm_weight
+
+
+def test_noise_levels_and_weights_agree_with_the_authors():
+    for row in OFFICIAL["loss"]["EDMLoss"]:
+        sigma = LogNormal(-1.2, 1.2).sigma(torch.tensor(row["draw"], dtype=torch.float64))
+        assert_close(torch.stack([sigma, edm_weight(sigma, 0.5)]), [row["sigma"], row["weight"]])
+
+
+def test_noise_levels_are_log_normal():
+    log_sigma = LogNormal(-0.4, 1.7).sample(10**6, torch.Generator().manual_seed(0)).double().log()
+    assert log_sigma.mean().item() == pytest.approx(-0.4, abs=0.01)
+    assert log_sigma.std().item() == pytest.approx(1.7, abs=0.01)
+
+
+def test_loss_is_the_weighted_square_summed_over_pixels_one_per_image():
+    y, n = torch.full((2, 3, 4, 5), 0.5), torch.full((2, 3, 4, 5), 0.25)
+    sigma, weight = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 10.0])
+    seen = []
+
+    def denoiser(x, sigma, labels):
+        seen.append((sigma, labels))
+        return x  # wrong by n
+
+    labels = torch.eye(2)
+    loss = denoising_loss(denoiser, y, n, sigma, weight, labels)
+    assert_close(loss, [60 * 0.0625, 10 * 60 * 0.0625])
+    assert seen[0][0] is sigma
+    assert seen[0][1] is labels
+
+
+def test_best_denoiser_of_gaussian_data_has_the_loss_that_theory_gives():
+    """For y ~ N(0, s^2), E|D - y|^2 = s^2 sigma^2 / (s^2 + sigma^2); with EDM's weighting at sigma_data = s that becomes 1."""
+    generator = torch.Generator().manual_seed(0)
+    y = 0.5 * torch.randn(1000, 1, 16, 16, generator=generator)
+    sigma = LogNormal().sample(1000, generator)
+    n = torch.randn(y.shape, generator=generator) * sigma[:, None, None, None]
+
+    def ideal(x, sigma, labels):
+        return (0.25 / (0.25 + sigma**2))[:, None, None, None] * x
+
+    loss = denoising_loss(ideal, y, n, sigma, edm_weight(sigma, 0.5)) / 256
+    assert loss.mean().item() == pytest.approx(1, abs=0.01)
+
+
+def test_ema_matches_its_closed_form():
+    """With constant weights w from the start, the shadow is w + (w_0 - w) prod(beta); beta = 0.5^(batch / half-life)."""
+    net = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(net.weight)
+    ema = EMA(net, halflife_images=1000, rampup_ratio=1e9)
+    nn.init.ones_(net.weight)
+    for step in range(1, 51):
+        ema.update(net, images_seen=20 * step, batch_size=20)
+    assert ema.net.weight.item() == pytest.approx(0.5, abs=1e-5)  # 1000 images: one half-life
+    assert net.weight.item() == 1
+    assert not ema.net.weight.requires_grad
+
+
+def test_ema_ramps_up_and_does_not_depend_on_the_batch_size():
+    net = nn.Linear(1, 1)
+    ema = EMA(net, halflife_images=500, rampup_ratio=0.05)
+    assert ema.beta(images_seen=100, batch_size=10) == pytest.approx(0.5 ** (10 / 5))  # 5% of 100 images
+    assert ema.beta(images_seen=10_000, batch_size=10) == pytest.approx(0.5 ** (10 / 500))
+    assert ema.beta(images_seen=10**9, batch_size=10) == ema.beta(images_seen=10_000, batch_size=10)
+    assert ema.beta(10**9, 10) ** 8 == pytest.approx(ema.beta(10**9, 80))
