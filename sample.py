@@ -17,7 +17,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="a diffusion-*.pt file")
     parser.add_argument("--config_path", type=Path, help="the YAML config (default: the one that the checkpoint carries)")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--num_samples", type=at_least(1), help="how many images, from seeds 0, 1, 2, ... (default: 64)")
+    which.add_argument(
+        "--num_samples", type=at_least(1), help="how many images, from seeds 0, 1, 2, ... (default: the config's)"
+    )
     which.add_argument("--seeds", type=seed_list, help="which images, such as 0-63,100; an image depends on its seed alone")
     parser.add_argument(
         "--class",
@@ -55,7 +57,7 @@ def main() -> None:
         args.checkpoint,
         args.config_path,
         overrides,
-        args.seeds or list(range(args.num_samples or 64)),
+        args.seeds or (list(range(args.num_samples)) if args.num_samples else None),
         pick_device(args.device),
         batch_size=args.batch_size,
         mixed_precision=args.mixed_precision,

@@ -29,12 +29,12 @@ def main() -> None:
     parser.add_argument(
         "--load_model_weights_from_checkpoint", metavar="CHECKPOINT", help="start a new run with its averaged weights"
     )
-    parser.add_argument("--overwrite", action="store_true", help="delete the checkpoints of an earlier run in the same folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoints of an earlier run in the same folder")
     parser.add_argument("--device", help="cuda, mps or cpu; by default the first of them that there is")
     parser.add_argument("--output_dir", type=Path, default=Path("output"), help="where everything is written")
     args = parser.parse_intermixed_args()
-    if args.resume_from and (args.load_model_weights_from_checkpoint or args.overwrite):
-        parser.error("--resume_from goes with neither --load_model_weights_from_checkpoint nor --overwrite")
+    if args.resume_from and args.load_model_weights_from_checkpoint:
+        parser.error("--resume_from goes on with its own weights; leave out --load_model_weights_from_checkpoint")
 
     flags = [f"{entry}={getattr(args, flag)}" for flag, entry in FLAGS.items() if getattr(args, flag) is not None]
     config = configs.load(args.config_path, [*args.overrides, *flags])

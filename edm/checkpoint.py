@@ -4,10 +4,12 @@ A training checkpoint holds `step`, `name`, `config` (nested plain values), `ema
 `optimizer` and `scaler`. An exported one, for sampling, holds `step`, `name`, `config` and `ema` in half precision.
 """
 
+import os
 import re
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -33,7 +35,14 @@ def write(path: Path, contents: dict) -> None:
     Raises:
         UserError: the folder cannot be written to, or the disk is full.
     """
-    write_whole(path, lambda file: torch.save(contents, file))
+
+    def save(file: BinaryIO) -> None:
+        try:
+            torch.save(contents, file)
+        except RuntimeError as error:  # torch's name for a write that failed, and the file's own error is its context
+            raise error.__context__ if isinstance(error.__context__, OSError) else OSError("the disk may be full") from None
+
+    write_whole(path, save)
 
 
 def read(path: str | Path) -> dict:
@@ -43,7 +52,7 @@ def read(path: str | Path) -> dict:
         UserError: no such file, a damaged one, or one of something else.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, it never raises
         near = ", ".join(f"diffusion-{step}.pt" for step in saved_steps(path.parent)[-5:])
         raise UserError(f"there is no checkpoint {path}" + (f"; beside it are {near}" if near else ""))
     try:
@@ -57,6 +66,8 @@ def read(path: str | Path) -> dict:
         raise UserError(f"{path} is damaged, or not a checkpoint of this project") from None
     if not isinstance(contents, dict) or not {"config", "name", "step", "ema"} <= contents.keys():
         raise UserError(f"{path} is not a checkpoint of this project: it lacks config, name, step or ema")
+    if not is_weights(contents["ema"]):
+        raise UserError(f"{path} is not a checkpoint of this project: its ema is not a table of tensors")
     if not isinstance(contents["step"], int) or contents["step"] < 0:
         raise UserError(f"{path} is not a checkpoint of this project: its step is {contents['step']!r:.60}")
     return contents
@@ -83,6 +94,13 @@ def export(source: Path, target: Path) -> None:
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
 
 
+def is_weights(value: object) -> bool:
+    """Whether a value is a dict of named tensors."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items()
+    )
+
+
 def load_weights(module: torch.nn.Module, weights: dict, path: str | Path) -> None:
     """Copy weights into a module of the same architecture, whatever their precision.
 
@@ -90,8 +108,7 @@ def load_weights(module: torch.nn.Module, weights: dict, path: str | Path) -> No
         UserError: they belong to another architecture; the first parameter that differs is named.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    weights = weights if isinstance(weights, dict) else {}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()} if is_weights(weights) else {}
     for name in sorted(expected.keys() | found.keys(), key=list(expected | found).index):
         if expected.get(name) != found.get(name):
             raise UserError(

@@ -55,10 +55,10 @@ def seed_list(text: str) -> list[int]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's main function; an error a person can mend ends in one line and exit code 2."""
+    """Call a script's main function; an error a person (or their system) can mend ends in one line, exit code 2."""
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ The defaults are the lesson's (configs/edm.yaml). An entry's bounds stand beside
 import dataclasses
 import math
 import operator
+import os
 import types
 import typing
 from collections.abc import Iterable
@@ -92,9 +93,9 @@ class EMAConfig:
 class SamplerConfig:
     num_samples: int = number(64, at_least=1)
     sampling_steps: int = number(18, at_least=1, at_most=100_000)
-    sigma_min: float = number(0.002, above=0)
-    sigma_max: float = number(80.0, above=0)
-    rho: float = number(7.0, above=0)
+    sigma_min: float = number(0.002, at_least=1e-6)
+    sigma_max: float = number(80.0, at_most=1e6)
+    rho: float = number(7.0, at_least=0.1, at_most=1000)
     solver: str = one_of("heun", "heun", "euler")
     S_churn: float = number(0.0, at_least=0)
     S_min: float = number(0.0, at_least=0)
@@ -145,7 +146,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         beside = [str(other) for other in sorted(path.parent.glob("*.yaml"))]
-        hint = f"; {nearest(str(path), beside)}" if beside and not path.exists() else ""
+        hint = f"; {nearest(str(path), beside)}" if beside and not os.path.exists(path) else ""
         raise UserError(f"cannot read the config {path}: {reason}{hint}") from None
     values = parse_yaml(text, str(path))
     return from_dict({} if values is None else values, path.stem, str(path), overrides)
@@ -236,6 +237,8 @@ def check(value: object, kind: type, bounds: dict, where: str):
 
 def describe(value: object) -> str:
     """A value as an error message shows it, at most 60 characters of it."""
+    if isinstance(value, int) and abs(value) > 10**30:
+        return "a number of more than 30 digits"
     text = {None: "nothing", True: "true", False: "false"}.get(value) if isinstance(value, bool | None) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -97,7 +97,7 @@ class ImageFolder(Dataset):
 
     def __init__(self, root: str, resolution: int, channels: int):
         self.root, self.resolution, self.channels = Path(root), resolution, channels
-        if not self.root.is_dir():
+        if not os.path.isdir(root):
             raise UserError(f"data.root: {root!r} is not a folder; name a folder of images with --data_root")
         self.paths = sorted(
             path
@@ -119,8 +119,10 @@ class ImageFolder(Dataset):
         try:
             with Image.open(self.paths[index]) as image:
                 image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would clip them to white
-                    image = image.point(lambda value: value / 256).convert("L")
+                if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion to 8 would clip them to white
+                    image = image.convert("I").point(lambda value: value / 256).convert("L")
+                if image.mode == "F":
+                    raise ValueError("floating-point pixels have no known range")
                 image = image.convert("L" if self.channels == 1 else "RGB")
                 image = ImageOps.fit(image, (self.resolution, self.resolution), Image.Resampling.LANCZOS)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -1,5 +1,7 @@
 """Where the arithmetic runs, and in which precision."""
 
+import contextlib
+
 import torch
 
 from edm.errors import UserError
@@ -33,4 +35,13 @@ def autocast_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
     if mixed_precision == "auto" and device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         mixed_precision = "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "no"
+    if mixed_precision == "no":  # cuDNN's default, TF32, is no float32: an image would depend on its batch
+        torch.backends.cudnn.allow_tf32 = False
+    if mixed_precision == "fp16" and device.type == "mps":
+        raise UserError("mixed_precision: fp16 is not supported on Apple GPUs; allowed: auto, no, bf16")
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager:
+    """Matrix products in `precision` inside the block; float32 leaves everything as it is."""
+    return contextlib.nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)

@@ -33,7 +33,7 @@ def draw_digits(resolution: int, num_images: int = NUM_IMAGES, seed: int = 0) ->
 def draw_glyph(digit: int, stroke: int, size: int) -> Image.Image:
     """One digit in the middle of a black square of `size` pixels, its lines thickened by `stroke` steps."""
     image = Image.new("L", (size, size))
-    font = ImageFont.load_default(size)
+    font = ImageFont.load_default(0.95 * size)
     width = stroke * size // 64
     ImageDraw.Draw(image).text((size / 2, size / 2), str(digit), fill=255, font=font, anchor="mm", stroke_width=width)
     return image
@@ -42,9 +42,9 @@ def draw_glyph(digit: int, stroke: int, size: int) -> Image.Image:
 def distorted(glyph: Image.Image, rng: random.Random) -> torch.Tensor:
     """A random affine view of the glyph, averaged down: (1, H, W), uint8."""
     size, middle = glyph.size[0], glyph.size[0] / 2
-    angle, shear = math.radians(rng.gauss(0, 6)), rng.gauss(0, 0.1)
-    scale_x, scale_y = rng.uniform(0.75, 1.05), rng.uniform(0.85, 1.05)
-    shift_x, shift_y = rng.gauss(0, 0.03) * size, rng.gauss(0, 0.03) * size
+    angle, shear = math.radians(rng.gauss(0, 5)), rng.gauss(0, 0.08)
+    scale_x, scale_y = rng.uniform(0.8, 1.05), rng.uniform(0.85, 1.05)
+    shift_x, shift_y = rng.uniform(-0.04, 0.04) * size, rng.uniform(-0.04, 0.04) * size
 
     # Pillow wants the map from a pixel of the result to one of the glyph: shift, rotation, scale, shear undone in this order.
     a, b = math.cos(angle) / scale_x, math.sin(angle) / scale_x

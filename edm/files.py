@@ -19,7 +19,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
     Raises:
         UserError: the folder cannot be written to, or the disk is full. The old file is intact.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:

@@ -11,7 +11,7 @@ from edm import checkpoint, pictures
 from edm import config as configs
 from edm.config import Config
 from edm.data import to_uint8
-from edm.device import autocast_dtype
+from edm.device import autocast, autocast_dtype
 from edm.errors import UserError
 from edm.precond import PRECONDITIONINGS, Denoiser
 from edm.randomness import ImageNoise
@@ -49,9 +49,10 @@ def class_labels(seeds: list[int], label_dim: int, class_index: int | None = Non
     return one_hot(torch.tensor([seed % label_dim if class_index is None else class_index for seed in seeds]), label_dim)
 
 
-def grid_columns(config: Config, class_index: int | None = None) -> int | None:
+def grid_columns(seeds: list[int], label_dim: int, class_index: int | None = None) -> int | None:
     """A column for each class where the classes take turns; None leaves the grid about square."""
-    return config.network.label_dim if class_index is None and 0 < config.network.label_dim <= 20 else None
+    in_turn = all(seed % label_dim == place % label_dim for place, seed in enumerate(seeds)) if label_dim else False
+    return label_dim if in_turn and class_index is None and label_dim <= 20 else None
 
 
 def generate(
@@ -101,7 +102,7 @@ def generate(
                 noise=noise,
             )
             frames = []
-            with torch.no_grad(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            with torch.no_grad(), autocast(device, precision):
                 for state in states:
                     if every_step or state.sigma == 0:
                         scale = sigma_data / (state.sigma**2 + sigma_data**2) ** 0.5
@@ -117,7 +118,7 @@ def write_samples(
     path: Path,
     config_path: Path | None,
     overrides: list[str],
-    seeds: list[int],
+    seeds: list[int] | None,
     device: torch.device,
     batch_size: int,
     mixed_precision: str = "no",
@@ -132,7 +133,8 @@ def write_samples(
         path: the checkpoint.
         config_path: the config; by default the one that the checkpoint carries.
         overrides: "sampler.key=value" entries, which replace the config's.
-        seeds, device, batch_size, class_index: as in `generate`.
+        seeds: which images; by default as many as the config says, from seed 0.
+        device, batch_size, class_index: as in `generate`.
         mixed_precision: as in `autocast_dtype`.
         output_dir: where to; by default output/image/<dataset>/sample/<config name>.
         save_images: write every image as images/<seed>.png, too.
@@ -142,8 +144,8 @@ def write_samples(
         UserError: a bad checkpoint or config, a class the network does not know, a folder that cannot be written to.
     """
     contents = checkpoint.read(path)
-    carried = checkpoint.read_config(contents, path, overrides)
-    config = carried if config_path is None else configs.load(config_path, overrides)
+    config = configs.load(config_path, overrides) if config_path else checkpoint.read_config(contents, path, overrides)
+    seeds = seeds or list(range(config.sampler.num_samples))
     label_dim = config.network.label_dim
     if class_index is not None and class_index >= label_dim:
         known = f"its classes are 0 to {label_dim - 1}" if label_dim else "the network is unconditional"
@@ -163,12 +165,14 @@ def write_samples(
                 pictures.save_image(folder / "images" / f"{seed:06d}.png", image)
         if start * batch_size < MAX_GRID:
             shown.append(frames)
-    columns = grid_columns(config, class_index)
+    columns = grid_columns(seeds, label_dim, class_index)
     grids = [pictures.grid(images[:MAX_GRID], columns) for images in torch.cat(shown, dim=1)]
     pictures.save_image(folder / "grid.png", grids[-1])
     print(f"{min(len(seeds), MAX_GRID)} images of {len(seeds)} in {folder / 'grid.png'}")
     if save_images:
-        print(f"{len(seeds)} single images in {folder / 'images'}")
+        found = len(list((folder / "images").glob("*.png")))
+        others = f", beside {found - len(seeds)} of earlier runs" if found > len(seeds) else ""
+        print(f"{len(seeds)} single images in {folder / 'images'}{others}")
     if gif:
         pictures.save_gif(folder / "reverse.gif", grids)
         print(f"the reverse process in {folder / 'reverse.gif'}")

@@ -23,15 +23,16 @@ class LossLog:
         self.steps: list[int] = []
         self.losses: list[float] = []
         kept = []
-        for line in path.read_text().splitlines() if step and path.exists() else []:
+        for line in path.read_text(errors="replace").splitlines() if step and path.exists() else []:
             try:
                 row = json.loads(line)
-                if row["step"] <= step:
-                    self.steps.append(row["step"])
-                    self.losses.append(row["loss"])
-                    kept.append(line + "\n")
+                done, loss = int(row["step"]), float(row["loss"])
             except (ValueError, KeyError, TypeError):
                 break  # a line that a power cut left half written, and nothing whole after it
+            if done <= step:
+                self.steps.append(done)
+                self.losses.append(loss)
+                kept.append(line + "\n")
         write_whole(path, lambda file: file.write("".join(kept).encode()))
 
     def add(self, loss: torch.Tensor, **row: float) -> None:

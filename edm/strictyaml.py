@@ -8,7 +8,7 @@ from edm.errors import UserError
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Numbers and booleans as in YAML 1.2; repeated keys are errors, and so are aliases, which can grow without bound."""
+    """No aliases, which can grow without bound, no tags, no key twice; and no or off are words, 1e-4 is a number."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
@@ -18,6 +18,8 @@ class StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
             raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", self.peek_event().start_mark)
+        if getattr(self.peek_event(), "tag", None) is not None:
+            raise yaml.constructor.ConstructorError(None, None, "tags are not allowed", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
@@ -49,5 +51,5 @@ def parse_yaml(text: str, where: str) -> object:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or 'unreadable'}") from None
-    except (RecursionError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:  # PyYAML's, for odd scalars
         raise UserError(f"{where}: not valid YAML: {type(error).__name__}") from None

@@ -12,7 +12,7 @@ from edm import checkpoint, pictures
 from edm.checkpoint import saved_steps
 from edm.config import Config
 from edm.data import batches, open_dataset, to_model_range
-from edm.device import autocast_dtype
+from edm.device import autocast, autocast_dtype
 from edm.ema import EMA
 from edm.errors import UserError
 from edm.generate import build_denoiser, generate, grid_columns
@@ -73,7 +73,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
         for part in zip(*(tensor.chunk(training.accumulation) for tensor in parts)):
-            with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            with autocast(self.device, self.precision):
                 part_loss = denoising_loss(self.net, *part).sum() / batch_size
             self.scaler.scale(part_loss).backward()
             losses.append(part_loss.detach())
@@ -118,11 +118,18 @@ class Learner:
         checkpoint.load_weights(self.net, state["net"], path)
         checkpoint.load_weights(self.ema.net, state["ema"], path)
         try:
+            for index, parameter in enumerate(self.net.parameters()):  # Adam would write past the end of smaller tensors
+                moments = state["optimizer"][index]
+                if (
+                    not moments["exp_avg"].shape == moments["exp_avg_sq"].shape == parameter.shape
+                    or moments["step"].numel() != 1
+                ):
+                    raise ValueError
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})
             if state["scaler"]:  # empty unless the run was in fp16
                 self.scaler.load_state_dict(state["scaler"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-            raise UserError(f"the optimizer's or the scaler's state in {path} is not one of this project") from None
+            raise UserError(f"the optimizer's or the scaler's state in {path} does not fit its network") from None
 
 
 def train(
@@ -138,7 +145,7 @@ def train(
     Args:
         resume_from: a checkpoint to go on from exactly as if the run had never stopped, or "latest".
         weights_from: a checkpoint whose (averaged) weights a new run starts with.
-        overwrite: delete the checkpoints of an earlier run in the folder.
+        overwrite: let the first checkpoint replace all those of an earlier run in the folder.
 
     Raises:
         UserError: whatever a person can mend.
@@ -150,6 +157,8 @@ def train(
         config.data.dataset, config.data.root, config.data.resolution, config.data.channels, config.network.label_dim
     )
     first_step = start(learner, folder, resume_from, weights_from, overwrite)
+    if first_step >= training.num_training_steps:
+        raise UserError(f"the run is at step {first_step} already; ask for more with --num_training_steps")
     stream = batches(dataset, training.batch_size, training.seed, first_step, device, config.data.max_resident_mb)
     log = LossLog(folder / "metrics.jsonl", first_step)
     print(
@@ -157,6 +166,7 @@ def train(
         f"{config.data.dataset}, on {device} in {str(learner.precision).removeprefix('torch.')}, to {folder}"
     )
 
+    superseded = [step for step in saved_steps(folder) if step > first_step]  # another run's, kept until this one has saved
     began, step = time.monotonic(), first_step
     try:
         with tqdm(desc=config.name, initial=first_step, total=training.num_training_steps, unit="step", mininterval=0.5) as bar:
@@ -168,12 +178,16 @@ def train(
                     bar.set_postfix_str(f"loss {log.flush():.1f}, {rate:.0f} images/s")
                 if step % training.save_and_sample_every_n == 0 or step == training.num_training_steps:
                     save(learner, log, folder, step)
+                    retire(folder, superseded, step, overwrite)
+                    superseded = []
     except KeyboardInterrupt:
-        print(
-            f"\nStopped in step {step}; the same command with --resume_from latest goes on from the last checkpoint in {folder}"
+        saved = [saved for saved in saved_steps(folder) if saved not in superseded]
+        way_on = (
+            f"the same command with --resume_from latest goes on from step {saved[-1]}" if saved else "nothing was saved yet"
         )
+        print(f"\nStopped in step {step}; {way_on}")
         raise SystemExit(130) from None
-    say_goodbye(folder, first_step, max(step, first_step), time.monotonic() - began)
+    say_goodbye(folder, step - first_step, step, time.monotonic() - began)
 
 
 def start(learner: Learner, folder: Path, resume_from: str | None, weights_from: str | None, overwrite: bool) -> int:
@@ -183,15 +197,12 @@ def start(learner: Learner, folder: Path, resume_from: str | None, weights_from:
         if steps and not overwrite:
             raise UserError(
                 f"{folder} holds the checkpoints of another run, up to step {steps[-1]}: "
-                "go on from them with --resume_from latest, or delete them with --overwrite"
+                "go on from them with --resume_from latest, or replace them with --overwrite"
             )
         if weights_from is not None:
             weights = checkpoint.read(weights_from)["ema"]
             for net in (learner.net, learner.ema.net):
                 checkpoint.load_weights(net, weights, weights_from)
-        for step in steps:
-            checkpoint.checkpoint_path(folder, step).unlink()
-            sample_path(folder, step).unlink(missing_ok=True)
         return 0
 
     path, contents = latest(folder) if resume_from == "latest" else (Path(resume_from), checkpoint.read(resume_from))
@@ -224,6 +235,17 @@ def sample_path(folder: Path, step: int) -> Path:
     return folder / f"sample-{step}.png"
 
 
+def retire(folder: Path, steps: list[int], saved: int, delete: bool) -> None:
+    """Delete the checkpoints of a replaced run, or set them aside, so that "latest" is never one of them; `saved` is new."""
+    for step in steps:
+        path = checkpoint.checkpoint_path(folder, step)
+        if step != saved and delete:
+            path.unlink(missing_ok=True)
+            sample_path(folder, step).unlink(missing_ok=True)
+        elif step != saved:
+            path.replace(path.with_name(f"{path.name}.old"))
+
+
 def save(learner: Learner, log: LossLog, folder: Path, step: int) -> None:
     """Write the checkpoint of a step, then its samples and the loss curve so far."""
     config = learner.config
@@ -235,14 +257,14 @@ def save(learner: Learner, log: LossLog, folder: Path, step: int) -> None:
     batch_size = 4 * config.training.batch_size  # without gradients there is room for more
     frames = generate(learner.ema.net, seeds, config, learner.device, batch_size, learner.precision)
     images = torch.cat([batch[-1] for batch in frames])
-    pictures.save_image(sample_path(folder, step), pictures.grid(images, columns=grid_columns(config)))
+    pictures.save_image(sample_path(folder, step), pictures.grid(images, columns=grid_columns(seeds, config.network.label_dim)))
 
 
-def say_goodbye(folder: Path, first_step: int, step: int, seconds: float) -> None:
+def say_goodbye(folder: Path, steps: int, step: int, seconds: float) -> None:
     """Tell where things are, and what to do next."""
     path = checkpoint.checkpoint_path(folder, step)
     print(
-        f"Done: {step - first_step} steps in {seconds / 60:.1f} minutes.\n"
+        f"Done: {steps} steps in {seconds / 60:.1f} minutes.\n"
         f"  samples     {sample_path(folder, step)}\n"
         f"  checkpoint  {path}\n"
         f"  losses      {folder / 'loss.png'}, {folder / 'metrics.jsonl'}\n"

@@ -38,7 +38,7 @@ def group_norm(channels: int, eps: float = 1e-6) -> nn.GroupNorm:
     if channels % groups:
         raise ValueError(
             f"a layer of {channels} channels cannot be normalised in {groups} equal groups; "
-            "choose model_channels and channel_mult so that every sum of two widths is a multiple of 32 (or is at most 128)"
+            "choose model_channels and channel_mult so that all widths and their sums are multiples of 32, or of 4 up to 128"
         )
     return nn.GroupNorm(groups, channels, eps=eps)
 

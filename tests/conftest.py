@@ -42,8 +42,11 @@ def tiny(request, tmp_path, image_folder) -> Path:
 
 @pytest.fixture
 def script(tmp_path, monkeypatch, capsys):
-    """Call a script in a folder of its own: script("sample.py", "--seeds", "0") -> (exit code, stdout, stderr)."""
+    """Call a script in a folder of its own: script("sample.py", "--seeds", "0") -> (exit code, stdout, stderr).
+    Everything runs on the CPU unless the call says otherwise, so that images can be compared bit for bit."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
 
     def call(name: str, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])

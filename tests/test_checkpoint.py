@@ -2,9 +2,12 @@
 
 import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
 from edm import checkpoint
@@ -87,6 +90,24 @@ def test_an_unwritable_folder_is_one_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot write"):
         write_whole(tmp_path / "file" / "x.pt", lambda file: None)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
+def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(path):
+    """A limit on file sizes stands for the full disk; in a process of its own, since a limit cannot be lifted again."""
+    before = path.read_bytes()
+    code = (
+        "import resource, signal, sys, torch; from pathlib import Path; from edm import checkpoint\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+        "try: checkpoint.write(Path(sys.argv[1]), {'ema': torch.zeros(9999)})\n"
+        "except checkpoint.UserError as error: print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True)
+    assert result.stderr == ""
+    assert result.stdout.startswith(f"cannot write {path}: ")
+    assert result.stdout.count("\n") == 1
+    assert path.read_bytes() == before
+    assert len(list(path.parent.iterdir())) == 1
 
 
 def test_exports_hold_the_average_in_half_precision(path, tmp_path):

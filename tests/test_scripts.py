@@ -53,7 +53,7 @@ def test_the_road_from_training_to_samples(script, trained, tiny, tmp_path):
             gif.seek(frame)
             durations.append(gif.info["duration"])
         assert sum(durations) == 2 * 120 + 1500
-        assert torch.equal(pil_to_tensor(gif.convert("RGB")), grid) or grid.unique().numel() > 256
+        assert (pil_to_tensor(gif.convert("RGB")).float() - grid.float()).abs().mean() < 5  # 256 colours
 
     for batch_size in (1, 3):
         arguments = (
@@ -101,7 +101,7 @@ def test_every_sampler_parameter_can_be_set_and_matters(script, trained, tmp_pat
 
 def test_exported_weights_give_the_same_images(script, trained, tmp_path):
     assert script("sample.py", "--checkpoint", trained, "--export", "small.pt")[0] == 0
-    assert (tmp_path / "small.pt").stat().st_size < 0.25 * trained.stat().st_size
+    assert (tmp_path / "small.pt").stat().st_size < 0.2 * trained.stat().st_size
     for path, folder in ((trained, "a"), ("small.pt", "b")):
         assert script("sample.py", "--checkpoint", path, "--num_samples", 4, "--output_dir", folder)[0] == 0
     a, b = picture(tmp_path / "a/grid.png"), picture(tmp_path / "b/grid.png")
@@ -150,8 +150,12 @@ BAD_CALLS = {
     "train_mnist.py --config_path tiny.yaml --resume_from latest": "no whole checkpoint",
     "train_mnist.py --config_path tiny.yaml --resume_from none.pt": "there is no checkpoint none.pt",
     "train_mnist.py --config_path tiny.yaml --resume_from tiny.yaml": "tiny.yaml is damaged, or not a checkpoint",
-    "train_mnist.py --config_path tiny.yaml --resume_from a.pt --overwrite": "goes with neither",
+    "train_mnist.py --config_path tiny.yaml --resume_from a.pt --load_model_weights_from_checkpoint b.pt": "its own weights",
+    "train_mnist.py --config_path tiny.yaml training.seed=!!bool": "tags are not allowed",
+    f"train_mnist.py --config_path tiny.yaml training.seed=0x{'f' * 5000}": "more than 30 digits",
+    f"train_mnist.py --config_path {'x' * 300}": "File name too long",
     "sample.py": "--checkpoint",
+    f"sample.py --checkpoint {'x' * 300}": "there is no checkpoint",
     "sample.py --checkpoint none.pt": "there is no checkpoint none.pt",
     "sample.py --checkpoint tiny.yaml": "tiny.yaml is damaged, or not a checkpoint",
     "sample.py --checkpoint none.pt --num_samples 0": "'0' is not a whole number of at least 1",
@@ -162,7 +166,7 @@ BAD_CALLS = {
 }
 
 
-@pytest.mark.parametrize(("call", "message"), BAD_CALLS.items())
+@pytest.mark.parametrize(("call", "message"), BAD_CALLS.items(), ids=range(len(BAD_CALLS)))
 def test_bad_calls_end_in_one_line_and_exit_code_2(script, tmp_path, image_folder, call, message):
     from conftest import TINY
 
@@ -179,6 +183,8 @@ def test_bad_sampling_of_a_good_checkpoint(script, trained):
         ("--class", 2): "2 is not a class of",
         ("--rho", "x"): "sampler.rho: must be a number, not 'x'",
         ("--sigma_min", 99): "must be below sampler.sigma_max",
+        ("--rho", 0.005): "sampler.rho: 0.005 is out of range; it must be at least 0.1",
+        ("--export", "."): "cannot write",
         ("--solver", "heunn"): "did you mean 'heun'",
         ("--output_dir", trained): "cannot write",
     }.items():

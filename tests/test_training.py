@@ -54,6 +54,16 @@ def test_a_resumed_run_equals_one_never_stopped(tiny, tmp_path, stop_at):
     assert [json.loads(line)["step"] for line in records[0].splitlines()] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_record_with_a_torn_line_goes_on_where_it_is_whole(tiny, tmp_path):
+    folder = tmp_path / "image/image_folder/tiny"
+    train(configs.load(tiny, ["training.num_training_steps=3"]), CPU, tmp_path)
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 4}\n\xff{"st')
+    train(configs.load(tiny), CPU, tmp_path, resume_from="latest")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_run_depends_on_its_seed(tiny):
     runs = [trained(configs.load(tiny, [f"training.seed={seed}"]), 2)[1] for seed in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]
@@ -195,8 +205,47 @@ def test_a_new_run_does_not_write_over_another(tiny, tmp_path):
     with pytest.raises(UserError, match=r"--resume_from latest.*--overwrite"):
         train(config, CPU, tmp_path)
     assert path.read_bytes() == before
-    train(configs.load(tiny, ["training.num_training_steps=2"]), CPU, tmp_path, overwrite=True)
-    assert checkpoint.saved_steps(path.parent) == [2]
+    other = ["training.num_training_steps=3", "training.seed=1"]
+    with pytest.raises(UserError, match="cannot read the image"):  # a run that never gets to save replaces nothing
+        train(configs.load(tiny, [*other, f"data.root={broken_folder(tmp_path)}"]), CPU, tmp_path, overwrite=True)
+    assert path.read_bytes() == before
+    train(configs.load(tiny, other), CPU, tmp_path, overwrite=True)
+    assert checkpoint.saved_steps(path.parent) == [3]
+
+
+def broken_folder(tmp_path):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    return tmp_path / "broken"
+
+
+def test_resuming_from_an_earlier_checkpoint_sets_the_later_ones_aside(tiny, tmp_path):
+    """Otherwise "latest" would be a checkpoint of the run that was left."""
+    folder = tmp_path / "image/image_folder/tiny"
+    train(configs.load(tiny), CPU, tmp_path)
+    train(configs.load(tiny, ["training.num_training_steps=4"]), CPU, tmp_path, resume_from=str(folder / "diffusion-3.pt"))
+    assert checkpoint.saved_steps(folder) == [3, 4]
+    assert (folder / "diffusion-6.pt.old").exists()
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+    with pytest.raises(UserError, match="at step 4 already"):
+        train(configs.load(tiny, ["training.num_training_steps=4"]), CPU, tmp_path, resume_from="latest")
+
+
+@pytest.mark.parametrize("damage", ["shape", "missing", "empty"])
+def test_an_optimizer_of_another_network_is_refused(tiny, tmp_path, damage):
+    """Before Adam writes past the end of its moments."""
+    config = configs.load(tiny)
+    learner, _ = trained(config, 1)
+    state = learner.state_dict()
+    if damage == "shape":
+        state["optimizer"][0]["exp_avg"] = torch.zeros(3)
+    elif damage == "missing":
+        del state["optimizer"][1]["exp_avg_sq"]
+    else:
+        state["optimizer"] = {}
+    with pytest.raises(UserError, match="does not fit its network"):
+        Learner(config, CPU).load_state_dict(state, tmp_path / "x.pt")
 
 
 def test_a_damaged_checkpoint_is_passed_over(tiny, tmp_path, capsys):
