@@ -24,9 +24,9 @@ def draw_digits(resolution: int, num_images: int = NUM_IMAGES, seed: int = 0) ->
     """
     rng = random.Random(seed)
     size = resolution * SUPERSAMPLING
-    glyphs = {(digit, stroke): draw_glyph(digit, stroke, size) for digit in range(10) for stroke in range(4)}
+    glyphs = {(digit, stroke): draw_glyph(digit, stroke, size) for digit in range(10) for stroke in range(3)}
     labels = torch.arange(num_images) % 10
-    images = [distorted(glyphs[digit, rng.randrange(4)], rng) for digit in labels.tolist()]
+    images = [distorted(glyphs[digit, rng.randrange(3)], rng) for digit in labels.tolist()]
     return torch.stack(images), labels
 
 

@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights, from which samples are drawn (the paper's Appendix F.2)."""
+"""The exponential moving average of the weights, from which samples are drawn (the paper's Appendix F)."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The training loop (the paper's Section 5 and Appendix F.2), and what surrounds it: pictures, checkpoints, a record."""
+"""The training loop (the paper's Section 5 and Appendix F), and what surrounds it: pictures, checkpoints, a record."""
 
 import shlex
 import time
@@ -187,7 +187,7 @@ def train(
         )
         print(f"\nStopped in step {step}; {way_on}")
         raise SystemExit(130) from None
-    say_goodbye(folder, step - first_step, step, time.monotonic() - began)
+    say_goodbye(folder, step - first_step, step, time.monotonic() - began, config.sampler.num_samples)
 
 
 def start(learner: Learner, folder: Path, resume_from: str | None, weights_from: str | None, overwrite: bool) -> int:
@@ -260,7 +260,7 @@ def save(learner: Learner, log: LossLog, folder: Path, step: int) -> None:
     pictures.save_image(sample_path(folder, step), pictures.grid(images, columns=grid_columns(seeds, config.network.label_dim)))
 
 
-def say_goodbye(folder: Path, steps: int, step: int, seconds: float) -> None:
+def say_goodbye(folder: Path, steps: int, step: int, seconds: float, num_samples: int) -> None:
     """Tell where things are, and what to do next."""
     path = checkpoint.checkpoint_path(folder, step)
     print(
@@ -268,5 +268,5 @@ def say_goodbye(folder: Path, steps: int, step: int, seconds: float) -> None:
         f"  samples     {sample_path(folder, step)}\n"
         f"  checkpoint  {path}\n"
         f"  losses      {folder / 'loss.png'}, {folder / 'metrics.jsonl'}\n"
-        f"Next: python sample.py --checkpoint {shlex.quote(str(path))} --num_samples 64 --gif"
+        f"Next: python sample.py --checkpoint {shlex.quote(str(path))} --num_samples {num_samples} --gif"
     )

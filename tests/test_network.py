@@ -105,7 +105,7 @@ def test_preconditioning_agrees_with_the_authors():
 @pytest.mark.parametrize("sigma_data", [0.5, 1.3])
 @pytest.mark.parametrize("sigma", [0.002, 0.3, 1.0, 80.0])
 def test_input_and_target_of_the_network_have_unit_variance(sigma, sigma_data):
-    """Appendix B.6, Eqs. 114 and 117, by Monte Carlo: 10^6 draws, whose variance is known to 0.15% (a standard deviation)."""
+    """Appendix B.6, by Monte Carlo: 10^6 draws, whose variance is known to 0.15% (a standard deviation)."""
     p, sigma = EDMPreconditioning(sigma_data), torch.tensor(sigma, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     y = sigma_data * torch.randn(10**6, generator=generator, dtype=torch.float64)
@@ -113,7 +113,7 @@ def test_input_and_target_of_the_network_have_unit_variance(sigma, sigma_data):
     target = (y - p.c_skip(sigma) * (y + n)) / p.c_out(sigma)
     assert (p.c_in(sigma) * (y + n)).var().item() == pytest.approx(1, abs=0.01)
     assert target.var().item() == pytest.approx(1, abs=0.01)
-    # Eq. 131: no other c_skip leaves less for the network to get wrong.
+    # Appendix B.6: no other c_skip leaves less for the network to get wrong.
     less, best, more = ((y - (p.c_skip(sigma) + change * p.c_in(sigma)) * (y + n)).var() for change in (-0.05, 0, 0.05))
     assert best < less
     assert best < more

@@ -178,6 +178,22 @@ def test_a_checkpoint_moves_between_precisions_and_the_config_rules_the_optimize
     assert same(other.optimizer.state_dict()["state"], learner.optimizer.state_dict()["state"])
 
 
+def test_every_step_draws_anew_and_the_same_step_draws_the_same(tiny, monkeypatch):
+    seen = []
+
+    def spy(denoiser, y, n, sigma, weight, labels):
+        seen.append(torch.cat([sigma, n.flatten()]))
+        return sum(p.sum() for p in denoiser.parameters()) * torch.ones(len(y))
+
+    monkeypatch.setattr("edm.training.denoising_loss", spy)
+    learner = Learner(configs.load(tiny), CPU)
+    images = torch.zeros(4, learner.config.data.channels, 8, 8, dtype=torch.uint8)
+    for step in (1, 2, 1):
+        learner.step(images, torch.zeros(4, dtype=torch.int64), step)
+    assert torch.equal(seen[0], seen[2])
+    assert (seen[0] != seen[1]).all()
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains_like_float32(tiny, precision):
     losses = [trained(configs.load(tiny, [f"training.mixed_precision={p}"]), 3)[1] for p in ("no", precision)]
@@ -291,5 +307,5 @@ def test_every_config_makes_a_network_that_takes_a_step(path):
     else:
         options = ["training.batch_size=2"]
     config = configs.load(path, options)
-    images = torch.zeros(2, config.data.channels, 32, 32, dtype=torch.uint8)
+    images = torch.zeros(2, config.data.channels, *2 * [config.data.resolution], dtype=torch.uint8)
     assert Learner(config, CPU).step(images, torch.tensor([0, 1]), 1).isfinite()
