@@ -26,11 +26,14 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 def autocast_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
-    """The precision of the network's matrix products; float32 means no mixed precision.
+    """The precision of the network's matrix products; float32 means no mixed precision (and no TF32 in convolutions).
 
     Args:
         mixed_precision: "no", "fp16", "bf16", or "auto": bf16 on GPUs whose tensor cores have it (compute capability 8.0 on;
             a T4, 7.5, only emulates it, slowly, and still reports it as supported), fp16 from 7.0 on, float32 elsewhere.
+
+    Raises:
+        UserError: fp16 on an Apple GPU.
     """
     if mixed_precision == "auto" and device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
