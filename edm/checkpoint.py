@@ -1,7 +1,8 @@
 """Checkpoints: plain tensors, numbers and text in one file, `diffusion-{step}.pt`.
 
 A training checkpoint holds `step`, `name`, `config` (nested plain values), `ema` (the weights that samples come from), `net`,
-`optimizer` and `scaler`. An exported one, for sampling, holds `step`, `name`, `config` and `ema` in half precision.
+`optimizer` and `scaler`. An exported one, for sampling, holds `step`, `name`, `config` and `ema`, the
+weights in half precision.
 """
 
 import os
@@ -83,14 +84,16 @@ def read_config(contents: dict, path: str | Path, overrides: Iterable[str] = ())
 
 
 def export(source: Path, target: Path) -> None:
-    """Write a checkpoint for sampling only: the averaged weights in half precision, the step, the name and the config.
+    """Write a checkpoint for sampling only: the averaged weights in half precision, step, name and config.
 
     Raises:
         UserError: the source cannot be read or the target cannot be written.
     """
     contents = read(source)
     kept = {key: contents[key] for key in ("step", "name", "config")}
-    write(target, {**kept, "ema": {name: tensor.half() for name, tensor in contents["ema"].items()}})
+    # What is small stays exact: biases, norms, and NCSN++'s frequencies, which half precision would detune.
+    ema = {name: tensor.half() if tensor.ndim > 1 else tensor.float() for name, tensor in contents["ema"].items()}
+    write(target, {**kept, "ema": ema})
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
 
 

@@ -1,34 +1,28 @@
 """From a YAML file to frozen dataclasses: every key, type and range is checked here, once.
 
-The defaults are the lesson's (configs/edm.yaml). An entry's bounds stand beside it, in its metadata.
+The defaults are the lesson's (configs/edm.yaml).
 """
 
 import dataclasses
 import math
-import operator
 import os
-import types
 import typing
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from edm.augment import NUM_LABELS
 from edm.errors import UserError, nearest
 from edm.loss import NOISE_DISTRIBUTIONS, WEIGHTINGS
-from edm.precond import PRECONDITIONINGS
+from edm.precond import PRECONDITIONINGS, Preconditioning
+from edm.schedule import DISCRETIZATIONS, SCALINGS, SCHEDULES, Schedule, table_1
+from edm.schema import check, describe, number, one_of
 from edm.strictyaml import parse_yaml
 from edm.unet import NETWORKS
 
 DATASETS = ("mnist", "fashion_mnist", "cifar10", "image_folder", "digits")
-
-
-def one_of(default: str, *names: str):
-    return field(default=default, metadata={"choices": names})
-
-
-def number(default, **bounds: float):
-    """A number or a list of them, `above`, `at_least`, `at_most` or `below` its bounds; finite unless at_most is infinite."""
-    return field(default=default, metadata=bounds)
 
 
 @dataclass(frozen=True)
@@ -37,6 +31,7 @@ class DataConfig:
     root: str = "data"
     resolution: int = number(32, at_least=4, at_most=1024)
     channels: int = number(1, at_least=1, at_most=3)
+    augment_probability: float = number(0.0, at_least=0, at_most=1)
     max_resident_mb: int = number(4096, at_least=0)
 
 
@@ -49,6 +44,7 @@ class NetworkConfig:
     attn_resolutions: tuple[int, ...] = number((16,), at_least=1)
     dropout: float = number(0.10, at_least=0, below=1)
     label_dim: int = number(0, at_least=0, at_most=100_000)
+    augment_dim: int = number(0, at_least=0, at_most=NUM_LABELS)
 
 
 @dataclass(frozen=True)
@@ -86,17 +82,21 @@ class TrainingConfig:
 @dataclass(frozen=True)
 class EMAConfig:
     halflife_images: int = number(50_000, above=0)
-    rampup_ratio: float = number(0.05, above=0)
+    rampup_ratio: float | None = number(0.05, above=0)
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
     num_samples: int = number(64, at_least=1)
     sampling_steps: int = number(18, at_least=1, at_most=100_000)
-    sigma_min: float = number(0.002, at_least=1e-6)
-    sigma_max: float = number(80.0, at_most=1e6)
+    discretization: str = one_of("edm", *DISCRETIZATIONS)
+    schedule: str = one_of("linear", *SCHEDULES)
+    scaling: str = one_of("none", *SCALINGS)
+    sigma_min: float | None = number(None, at_least=1e-6)
+    sigma_max: float | None = number(None, at_most=1e6)
     rho: float = number(7.0, at_least=0.1, at_most=1000)
     solver: str = one_of("heun", "heun", "euler")
+    alpha: float = number(1.0, above=0, at_most=1)
     S_churn: float = number(0.0, at_least=0)
     S_min: float = number(0.0, at_least=0)
     S_max: float = number(math.inf, at_least=0, at_most=math.inf)  # the only entry that may be infinite
@@ -126,7 +126,6 @@ class Config:
         }
 
 
-BOUNDS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le, "below": operator.lt}
 SECTIONS = {f.name: f.default.__class__ for f in dataclasses.fields(Config) if f.name != "name"}
 
 
@@ -211,36 +210,34 @@ def read_section(section: str, entries: dict):
     return SECTIONS[section](**checked)
 
 
-def check(value: object, kind: type, bounds: dict, where: str):
-    """The value as its type, or a `UserError` that says what is allowed."""
-    if isinstance(kind, types.UnionType):  # float | None
-        return None if value is None else check(value, typing.get_args(kind)[0], bounds, where)
-    if typing.get_origin(kind) is tuple:
-        if not isinstance(value, list | tuple):
-            raise UserError(f"{where}: must be a list of whole numbers, such as [2, 2, 2], not {describe(value)}")
-        return tuple(check(item, int, bounds, where) for item in value)
-    if kind is str:
-        if not isinstance(value, str) or not value:
-            raise UserError(f"{where}: must be text, not {describe(value)}")
-        choices = bounds.get("choices")
-        if choices and value not in choices:
-            raise UserError(f"{where}: unknown choice {value!r}; {nearest(value, choices)}")
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value != value // 1):
-        raise UserError(f"{where}: must be a {'whole ' if kind is int else ''}number, not {describe(value)}")
-    inside = all(BOUNDS[bound](value, limit) for bound, limit in bounds.items())
-    if not inside or math.isnan(value) or (math.isinf(value) and bounds.get("at_most") != math.inf):
-        allowed = " and ".join(f"{bound.replace('_', ' ')} {limit:,}" for bound, limit in bounds.items()) or "finite"
-        raise UserError(f"{where}: {describe(value)} is out of range; it must be {allowed}")
-    return kind(value)
+def chosen(table: dict[str, type], name: str, section: object):
+    """The object that a name in the config stands for, made with those of the section's entries that it has a use for."""
+    made = table[name]
+    return made(**{f.name: getattr(section, f.name) for f in dataclasses.fields(made) if hasattr(section, f.name)})
 
 
-def describe(value: object) -> str:
-    """A value as an error message shows it, at most 60 characters of it."""
-    if isinstance(value, int) and abs(value) > 10**30:
-        return "a number of more than 30 digits"
-    text = {None: "nothing", True: "true", False: "false"}.get(value) if isinstance(value, bool | None) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def preconditioning(config: Config) -> Preconditioning:
+    """The config's formulation."""
+    return chosen(PRECONDITIONINGS, config.preconditioning.formulation, config.preconditioning)
+
+
+def sampling_plan(config: Config) -> tuple[torch.Tensor, Schedule]:
+    """The config's noise levels, within those that its formulation knows, and its schedule.
+
+    Raises:
+        ValueError: the choices do not fit together.
+    """
+    formulation, sampler = preconditioning(config), config.sampler
+    return table_1(
+        sampler.sampling_steps,
+        sampler.discretization,
+        sampler.schedule,
+        sampler.scaling,
+        sampler.sigma_min,
+        sampler.sigma_max,
+        sampler.rho,
+        supported=(formulation.sigma_min, formulation.sigma_max),
+    )
 
 
 def check_combinations(config: Config, source: str) -> None:
@@ -276,13 +273,22 @@ def check_combinations(config: Config, source: str) -> None:
             )
     if network.model_channels % 2:
         refuse("network.model_channels", f"must be even (half sines, half cosines), not {network.model_channels}")
+    if network.augment_dim not in (0, NUM_LABELS):
+        refuse("network.augment_dim", f"must be 0 (no augmentation) or {NUM_LABELS}, not {network.augment_dim}")
+    if data.augment_probability and not network.augment_dim:
+        refuse(
+            "data.augment_probability",
+            f"above 0 needs network.augment_dim={NUM_LABELS}; a network that is not told of the augmentation would copy it",
+        )
     if training.batch_size % training.accumulation:
         refuse(
             "training.accumulation",
             f"{training.accumulation} does not divide training.batch_size {training.batch_size}",
         )
-    if sampler.sigma_min >= sampler.sigma_max:
-        refuse("sampler.sigma_min", f"{sampler.sigma_min} must be below sampler.sigma_max {sampler.sigma_max}")
+    try:
+        sampling_plan(config)
+    except ValueError as error:
+        refuse("sampler", str(error))
     if sampler.S_min > sampler.S_max:
         refuse("sampler.S_min", f"{sampler.S_min} must not be above sampler.S_max {sampler.S_max}")
     if not network.label_dim and (config.loss.label_dropout or sampler.guidance != 1):

@@ -12,17 +12,20 @@ class EMA:
     Args:
         net: the network in training.
         halflife_images: images after which a weight's share has halved.
-        rampup_ratio: early in training, the half-life is at most this share of the images seen.
+        rampup_ratio: early in training, the half-life is at most this share of the images seen; None for no ramp-up.
     """
 
-    def __init__(self, net: nn.Module, halflife_images: float, rampup_ratio: float = 0.05):
+    def __init__(self, net: nn.Module, halflife_images: float, rampup_ratio: float | None = 0.05):
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
         self.halflife_images = halflife_images
         self.rampup_ratio = rampup_ratio
 
     def beta(self, images_seen: int, batch_size: int) -> float:
         """What the shadow keeps of itself at an update: 0.5^(batch_size / half-life)."""
-        return 0.5 ** (batch_size / min(self.halflife_images, self.rampup_ratio * images_seen))
+        halflife = self.halflife_images
+        if self.rampup_ratio is not None:
+            halflife = min(halflife, self.rampup_ratio * images_seen)
+        return 0.5 ** (batch_size / halflife)
 
     @torch.no_grad()
     def update(self, net: nn.Module, images_seen: int, batch_size: int) -> None:

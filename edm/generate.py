@@ -1,5 +1,6 @@
 """From a checkpoint and seeds to images."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,14 +10,13 @@ from tqdm import tqdm
 
 from edm import checkpoint, pictures
 from edm import config as configs
-from edm.config import Config
+from edm.config import Config, preconditioning, sampling_plan
 from edm.data import to_uint8
 from edm.device import autocast, autocast_dtype
 from edm.errors import UserError
-from edm.precond import PRECONDITIONINGS, Denoiser
+from edm.precond import Denoiser
 from edm.randomness import ImageNoise
-from edm.sampler import edm_sampler, guided
-from edm.schedule import edm_steps
+from edm.sampler import guided, sample
 from edm.unet import NETWORKS
 
 
@@ -26,20 +26,14 @@ def build_denoiser(config: Config) -> Denoiser:
     Raises:
         UserError: the config's widths make no network.
     """
-    options = {
-        "model_channels": config.network.model_channels,
-        "channel_mult": config.network.channel_mult,
-        "num_blocks": config.network.num_blocks,
-        "attn_resolutions": config.network.attn_resolutions,
-        "dropout": config.network.dropout,
-    }
+    options = dataclasses.asdict(config.network)
+    architecture = NETWORKS[options.pop("architecture")]
+    formulation, channels = preconditioning(config), config.data.channels
     try:
-        model = NETWORKS[config.network.architecture](
-            config.data.resolution, config.data.channels, label_dim=config.network.label_dim, **options
-        )
+        model = architecture(config.data.resolution, channels, formulation.outputs * channels, **options)
     except ValueError as error:
         raise UserError(f"network: {error}") from None
-    return Denoiser(model, PRECONDITIONINGS[config.preconditioning.formulation](config.preconditioning.sigma_data))
+    return Denoiser(model, formulation)
 
 
 def class_labels(seeds: list[int], label_dim: int, class_index: int | None = None) -> torch.Tensor | None:
@@ -82,24 +76,27 @@ def generate(
     sampler = config.sampler
     shape = (config.data.channels, config.data.resolution, config.data.resolution)
     state_dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    t_steps = edm_steps(sampler.sampling_steps, sampler.sigma_min, sampler.sigma_max, sampler.rho)
+    sigma_steps, schedule = sampling_plan(config)
     sigma_data = config.preconditioning.sigma_data
     batches = [seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)]
     with tqdm(total=len(batches) * sampler.sampling_steps, desc="sampling", unit="step", leave=False) as bar:
         for batch in batches:
             noise = ImageNoise(batch, shape, device, state_dtype)
             labels = class_labels(batch, config.network.label_dim, class_index)
-            states = edm_sampler(
+            states = sample(
                 guided(denoiser, sampler.guidance),
                 noise(),
-                t_steps,
+                sigma_steps,
                 labels if labels is None else labels.to(device),
+                schedule,
                 solver=sampler.solver,
+                alpha=sampler.alpha,
                 S_churn=sampler.S_churn,
                 S_min=sampler.S_min,
                 S_max=sampler.S_max,
                 S_noise=sampler.S_noise,
                 noise=noise,
+                round_sigma=denoiser.round_sigma,
             )
             frames = []
             with torch.no_grad(), autocast(device, precision):

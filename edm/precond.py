@@ -1,21 +1,37 @@
-"""Preconditioning: how a raw network F becomes a denoiser D (the paper's Section 5, Eq. 7).
+"""Preconditioning: how a raw network F becomes a denoiser D (the paper's Section 5, Eq. 7; Table 1).
 
 D(x; sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x; c_noise(sigma))
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from edm.schedule import VP, iddpm_levels
+
+
+class Preconditioning:
+    """A formulation: c_skip, c_out, c_in and c_noise, each of which maps sigma, a tensor of any shape, to one of that shape.
+
+    A sampler keeps to the noise levels that the network knows: those from `sigma_min` to `sigma_max` that `round_sigma`
+    leaves as they are. `outputs` is how many channels the network puts out for each of the image's; D uses the first.
+    """
+
+    sigma_min = 0.0
+    sigma_max = math.inf
+    outputs = 1
+
+    def round_sigma(self, sigma: torch.Tensor) -> torch.Tensor:
+        """The nearest noise level that the network knows."""
+        return sigma
+
 
 @dataclass(frozen=True)
-class EDMPreconditioning:
-    """The EDM column of Table 1, derived in Appendix B.6: the network's input and its training target have unit
-    variance at every noise level, and c_skip makes c_out, by which the network's errors are amplified, as small as possible.
-
-    Every method maps sigma, a tensor of any shape, to a tensor of that shape.
-    """
+class EDMPreconditioning(Preconditioning):
+    """The EDM column, derived in Appendix B.6: the network's input and its training target have unit variance at every
+    noise level, and c_skip makes c_out, by which the network's errors are amplified, as small as possible."""
 
     sigma_data: float = 0.5  # standard deviation of the data
 
@@ -32,18 +48,111 @@ class EDMPreconditioning:
         return sigma.log() / 4
 
 
-PRECONDITIONINGS = {"edm": EDMPreconditioning}
+@dataclass(frozen=True)
+class VEPreconditioning(Preconditioning):
+    """The VE column: the network sees the noisy image as it is and predicts the noise, negated, at unit variance."""
+
+    sigma_min: float = 0.02
+    sigma_max: float = 100.0
+
+    def c_skip(self, sigma: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(sigma)
+
+    def c_out(self, sigma: torch.Tensor) -> torch.Tensor:
+        return sigma
+
+    def c_in(self, sigma: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(sigma)
+
+    def c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
+        return (sigma / 2).log()
+
+
+@dataclass(frozen=True)
+class VPPreconditioning(Preconditioning):
+    """The VP column: the network sees the noisy image at unit variance and predicts the noise; its noise conditioning is
+    the time t of the VP schedule, from 0 to M - 1."""
+
+    beta_d: float = 19.9
+    beta_min: float = 0.1
+    M: int = 1000
+    epsilon_t: float = 1e-5
+
+    @property
+    def schedule(self) -> VP:
+        return VP(self.beta_d, self.beta_min)
+
+    @property
+    def sigma_min(self) -> float:
+        return self.schedule.sigma(torch.tensor(self.epsilon_t, dtype=torch.float64)).item()
+
+    @property
+    def sigma_max(self) -> float:
+        return self.schedule.sigma(torch.tensor(1.0, dtype=torch.float64)).item()
+
+    def c_skip(self, sigma: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(sigma)
+
+    def c_out(self, sigma: torch.Tensor) -> torch.Tensor:
+        return -sigma
+
+    def c_in(self, sigma: torch.Tensor) -> torch.Tensor:
+        return 1 / (sigma**2 + 1).sqrt()
+
+    def c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
+        return (self.M - 1) * self.schedule.inverse(sigma)
+
+
+@dataclass(frozen=True)
+class iDDPMPreconditioning(Preconditioning):
+    """The iDDPM column: as VP, but the network knows M noise levels u_j alone, by their index M - 1 - j, and also puts
+    out a variance, of which D has no use."""
+
+    M: int = 1000
+    C_1: float = 0.001
+    C_2: float = 0.008
+
+    outputs = 2
+    c_skip, c_out, c_in = VPPreconditioning.c_skip, VPPreconditioning.c_out, VPPreconditioning.c_in
+
+    @property
+    def sigma_min(self) -> float:
+        return iddpm_levels(self.M, self.C_1, self.C_2)[self.M - 1].item()
+
+    @property
+    def sigma_max(self) -> float:
+        return iddpm_levels(self.M, self.C_1, self.C_2)[0].item()
+
+    def nearest(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The index j of the nearest u_j, and u_j."""
+        u = iddpm_levels(self.M, self.C_1, self.C_2, sigma.dtype, sigma.device)
+        j = (sigma[..., None] - u).abs().argmin(dim=-1)
+        return j, u[j]
+
+    def c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
+        return (self.M - 1 - self.nearest(sigma)[0]).to(sigma.dtype)
+
+    def round_sigma(self, sigma: torch.Tensor) -> torch.Tensor:
+        return self.nearest(sigma)[1]
+
+
+PRECONDITIONINGS = {
+    "edm": EDMPreconditioning,
+    "vp": VPPreconditioning,
+    "ve": VEPreconditioning,
+    "iddpm": iDDPMPreconditioning,
+}
 
 
 class Denoiser(nn.Module):
     """D(x; sigma), the estimate of the clean image (Eq. 7).
 
     Args:
-        model: the raw network F(x, c_noise, labels, augment_labels).
+        model: the raw network F(x, c_noise, labels, augment_labels), of `preconditioning.outputs` times the image's channels.
         preconditioning: the formulation's c_skip, c_out, c_in and c_noise.
     """
 
-    def __init__(self, model: nn.Module, preconditioning: EDMPreconditioning):
+    def __init__(self, model: nn.Module, preconditioning: Preconditioning):
         super().__init__()
         self.model = model
         self.preconditioning = preconditioning
@@ -74,4 +183,8 @@ class Denoiser(nn.Module):
             for c in (self.preconditioning.c_skip, self.preconditioning.c_out, self.preconditioning.c_in)
         )
         F = self.model(c_in * x, self.preconditioning.c_noise(sigma), labels, augment_labels)
-        return c_skip * x + c_out * F.to(dtype)
+        return c_skip * x + c_out * F[:, : x.shape[1]].to(dtype)
+
+    def round_sigma(self, sigma: float) -> float:
+        """The nearest noise level that the network knows."""
+        return self.preconditioning.round_sigma(torch.tensor(sigma, dtype=torch.float64)).item()

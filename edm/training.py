@@ -9,8 +9,9 @@ from torch.nn.functional import one_hot
 from tqdm import tqdm
 
 from edm import checkpoint, pictures
+from edm.augment import augment
 from edm.checkpoint import saved_steps
-from edm.config import Config
+from edm.config import Config, chosen
 from edm.data import batches, open_dataset, to_model_range
 from edm.device import autocast, autocast_dtype
 from edm.ema import EMA
@@ -44,7 +45,7 @@ class Learner:
             fused=device.type != "mps",
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
-        self.noise_distribution = NOISE_DISTRIBUTIONS[config.loss.noise_distribution](config.loss.P_mean, config.loss.P_std)
+        self.noise_distribution = chosen(NOISE_DISTRIBUTIONS, config.loss.noise_distribution, config.loss)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
         """One training step, without waiting for the device.
@@ -57,24 +58,27 @@ class Learner:
         Returns:
             The mean loss of the batch, a scalar tensor on the device.
         """
-        training, loss = self.config.training, self.config.loss
-        batch_size, label_dim = len(images), self.config.network.label_dim
+        training, loss, network = self.config.training, self.config.loss, self.config.network
+        batch_size, conditions = len(images), {}
         generator = generator_for(training.seed, "step", step, device=self.device)
         torch.manual_seed(seed_for(training.seed, "dropout", step))
-        y = to_model_range(images).contiguous(memory_format=torch.channels_last)
+        y = to_model_range(images)
+        if network.augment_dim:
+            y, conditions["augment_labels"] = augment(y, self.config.data.augment_probability, generator)
+        y = y.contiguous(memory_format=torch.channels_last)
         sigma = self.noise_distribution.sample(batch_size, generator)
         n = torch.randn(y.shape, generator=generator, device=self.device) * sigma[:, None, None, None]
         weight = WEIGHTINGS[loss.weighting](sigma, self.config.preconditioning.sigma_data)
-        parts = [y, n, sigma, weight]
-        if label_dim:
+        if network.label_dim:
             kept = torch.rand(batch_size, generator=generator, device=self.device) >= loss.label_dropout
-            parts.append(one_hot(labels, label_dim) * kept[:, None])
+            conditions["labels"] = one_hot(labels, network.label_dim) * kept[:, None]
+        whole = {"y": y, "n": n, "sigma": sigma, "weight": weight, **conditions}
 
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
-        for part in zip(*(tensor.chunk(training.accumulation) for tensor in parts)):
+        for part in zip(*(tensor.chunk(training.accumulation) for tensor in whole.values())):
             with autocast(self.device, self.precision):
-                part_loss = denoising_loss(self.net, *part).sum() / batch_size
+                part_loss = denoising_loss(self.net, **dict(zip(whole, part))).sum() / batch_size
             self.scaler.scale(part_loss).backward()
             losses.append(part_loss.detach())
         self.update(step * batch_size, batch_size)

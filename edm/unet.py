@@ -1,122 +1,35 @@
-"""The raw network F(x; c_noise): a U-Net that knows nothing of diffusion (the paper's Appendix F).
+"""The raw network F(x; c_noise): U-Nets that know nothing of diffusion (the paper's Appendix F).
 
-`DDPMpp` is the paper's DDPM++. Parameter names are those of the weights published with the paper.
+`DDPMpp` and `NCSNpp` follow Song et al. (2021), `ADM` Dhariwal and Nichol (2021). Parameter names are those of the weights
+published with the paper.
 """
 
 import math
 
 import torch
-from einops import rearrange
 from torch import nn
-from torch.nn.functional import avg_pool2d, dropout, interpolate, scaled_dot_product_attention, silu
+from torch.nn.functional import silu
+
+from edm.blocks import (
+    ADMBlock,
+    AuxResidual,
+    Block,
+    FourierFeatures,
+    NCSNppBlock,
+    conv,
+    falling_frequencies,
+    group_norm,
+    sinusoids,
+)
 
 
-def linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
-    """A linear layer with Xavier-uniform weights and zero biases."""
-    layer = nn.Linear(in_features, out_features, bias=bias)
-    nn.init.xavier_uniform_(layer.weight)
-    if bias:
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
-def conv(in_channels: int, out_channels: int, kernel: int, gain: float = 1.0) -> nn.Conv2d:
-    """A convolution that keeps height and width, Xavier-uniform weights scaled by `gain`, zero biases."""
-    layer = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
-    nn.init.xavier_uniform_(layer.weight, gain=gain)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def group_norm(channels: int, eps: float = 1e-6) -> nn.GroupNorm:
-    """Group normalisation over min(32, channels // 4) groups.
-
-    Raises:
-        ValueError: the channels cannot be divided evenly among the groups.
-    """
-    groups = max(1, min(32, channels // 4))
-    if channels % groups:
-        raise ValueError(
-            f"a layer of {channels} channels cannot be normalised in {groups} equal groups; "
-            "choose model_channels and channel_mult so that all widths and their sums are multiples of 32, or of 4 up to 128"
-        )
-    return nn.GroupNorm(groups, channels, eps=eps)
-
-
-def positional_embedding(c_noise: torch.Tensor, features: int) -> torch.Tensor:
-    """DDPM's sinusoidal embedding: c_noise (B,) -> (B, features), [sin, cos] of frequencies from 1 to 1/10000."""
-    k = torch.arange(features // 2, dtype=c_noise.dtype, device=c_noise.device)
-    angles = torch.outer(c_noise, 10000 ** (-k / (features // 2 - 1)))
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-class Block(nn.Module):
-    """A residual block, with self-attention after it where asked for (Appendix F).
-
-    Args:
-        in_channels, out_channels: widths before and after.
-        embedding_channels: width of the embedding e.
-        resample: "up" doubles the resolution, "down" halves it, None keeps it.
-        attention: whether self-attention over the pixels, of one head, follows.
-        dropout: probability of dropping a feature before the second convolution.
-    """
-
-    skip_scale = math.sqrt(0.5)  # keeps the variance of the sum of the two branches
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        embedding_channels: int,
-        resample: str | None = None,
-        attention: bool = False,
-        dropout: float = 0.0,
-    ):
-        super().__init__()
-        self.resample = resample
-        self.dropout = dropout
-        self.norm0 = group_norm(in_channels)
-        self.conv0 = conv(in_channels, out_channels, 3)
-        self.affine = linear(embedding_channels, out_channels)
-        self.norm1 = group_norm(out_channels)
-        self.conv1 = conv(out_channels, out_channels, 3, gain=1e-5)
-        self.skip = conv(in_channels, out_channels, 1) if resample or in_channels != out_channels else nn.Identity()
-        self.attention = attention
-        if attention:
-            self.norm2 = group_norm(out_channels)
-            self.qkv = conv(out_channels, 3 * out_channels, 1, gain=math.sqrt(0.2))
-            self.proj = conv(out_channels, out_channels, 1, gain=1e-5)
-
-    def forward(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
-        """x (B, C_in, H, W), e (B, embedding_channels) -> (B, C_out, H', W')."""
-        h = self.conv0(self.resampled(silu(self.norm0(x))))
-        h = silu(self.norm1(h + self.affine(e)[:, :, None, None]))
-        h = self.conv1(dropout(h, self.dropout, self.training))
-        x = (h + self.skip(self.resampled(x))) * self.skip_scale
-        if self.attention:
-            x = (x + self.proj(self.attend(self.qkv(self.norm2(x))))) * self.skip_scale
-        return x
-
-    def resampled(self, x: torch.Tensor) -> torch.Tensor:
-        """DDPM++'s filter [1, 1]: the mean of 2x2 pixels on the way down, their repetition on the way up."""
-        if self.resample == "down":
-            return avg_pool2d(x, 2)
-        return interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
-
-    @staticmethod
-    def attend(qkv: torch.Tensor) -> torch.Tensor:
-        """(B, 3 C, H, W), the roles query, key, value interleaved fastest -> (B, C, H, W)."""
-        height = qkv.shape[2]
-        query, key, value = rearrange(qkv, "b (c role) h w -> role b 1 (h w) c", role=3)
-        return rearrange(scaled_dot_product_attention(query, key, value), "b 1 (h w) c -> b c h w", h=height)
-
-
-class DDPMpp(nn.Module):
-    """The DDPM++ U-Net of the paper (its Appendix F, after Song et al., 2021).
+class UNet(nn.Module):
+    """What the three have in common: an encoder and a decoder over named blocks.
 
     Args:
         img_resolution: height and width of the images, in pixels.
-        img_channels: channels of the input and of the output.
+        img_channels: channels of the input.
+        out_channels: channels of the output; by default those of the input.
         label_dim: number of classes, 0 for an unconditional network.
         augment_dim: size of the augmentation labels, 0 for none.
         model_channels: the width that `channel_mult` multiplies.
@@ -129,10 +42,14 @@ class DDPMpp(nn.Module):
         ValueError: the resolution cannot be halved at every level, or the widths cannot be grouped.
     """
 
+    Block = Block
+    noise_mult = 1  # features of the noise embedding over model_channels
+
     def __init__(
         self,
         img_resolution: int,
         img_channels: int,
+        out_channels: int | None = None,
         label_dim: int = 0,
         augment_dim: int = 0,
         model_channels: int = 128,
@@ -148,25 +65,21 @@ class DDPMpp(nn.Module):
         self.label_dim = label_dim
         self.augment_dim = augment_dim
         self.model_channels = model_channels
-        embedding_channels = 4 * model_channels
-
-        if label_dim:
-            self.map_label = linear(label_dim, model_channels)
-        if augment_dim:
-            self.map_augment = linear(augment_dim, model_channels, bias=False)
-        self.map_layer0 = linear(model_channels, embedding_channels)
-        self.map_layer1 = linear(embedding_channels, embedding_channels)
+        self.embedding_channels = 4 * model_channels
+        self.add_mapping()
 
         def block(in_channels: int, out_channels: int, **options) -> Block:
-            return Block(in_channels, out_channels, embedding_channels, dropout=dropout, **options)
+            return self.Block(in_channels, out_channels, self.embedding_channels, dropout=dropout, **options)
 
         # Encoder: every output is kept for the decoder.
         levels = [(img_resolution >> level, model_channels * mult) for level, mult in enumerate(channel_mult)]
-        self.enc = nn.ModuleDict({f"{img_resolution}x{img_resolution}_conv": conv(img_channels, model_channels, 3)})
-        width, kept = model_channels, [model_channels]
+        width = self.stem_channels(channel_mult)
+        self.enc = nn.ModuleDict({f"{img_resolution}x{img_resolution}_conv": self.Block.init(conv(img_channels, width, 3))})
+        kept, aux_channels = [width], img_channels
         for level, (res, channels) in enumerate(levels):
             if level > 0:
                 self.enc[f"{res}x{res}_down"] = block(width, width, resample="down")
+                aux_channels = self.add_aux(f"{res}x{res}_aux_residual", aux_channels, width)
                 kept.append(width)
             for index in range(num_blocks):
                 self.enc[f"{res}x{res}_block{index}"] = block(width, channels, attention=res in attn_resolutions)
@@ -182,11 +95,10 @@ class DDPMpp(nn.Module):
             else:
                 self.dec[f"{res}x{res}_up"] = block(width, width, resample="up")
             for index in range(num_blocks + 1):
-                attention = index == num_blocks and res in attn_resolutions
+                attention = res in attn_resolutions and self.decoder_attends(last=index == num_blocks)
                 self.dec[f"{res}x{res}_block{index}"] = block(width + kept.pop(), channels, attention=attention)
                 width = channels
-        self.dec[f"{img_resolution}x{img_resolution}_aux_norm"] = group_norm(width)
-        self.dec[f"{img_resolution}x{img_resolution}_aux_conv"] = conv(width, img_channels, 3, gain=1e-5)
+        self.add_output(img_resolution, width, out_channels or img_channels)
 
     def forward(
         self,
@@ -204,35 +116,134 @@ class DDPMpp(nn.Module):
             augment_labels: (B, augment_dim); None is all zeros.
 
         Returns:
-            (B, img_channels, img_resolution, img_resolution).
+            (B, out_channels, img_resolution, img_resolution).
         """
         with torch.autocast(x.device.type, enabled=False):  # half precision is too coarse for the noise level
-            e = self.embedding(c_noise, labels, augment_labels)
-        kept = []
+            if labels is None:
+                labels = c_noise.new_zeros(1, self.label_dim)
+            if augment_labels is None:
+                augment_labels = c_noise.new_zeros(1, self.augment_dim)
+            e = self.embedding(c_noise, labels.to(c_noise.dtype), augment_labels.to(c_noise.dtype))
+        aux, kept = x, []
         for name, layer in self.enc.items():
-            x = layer(x) if name.endswith("conv") else layer(x, e)
+            if name.endswith("aux_residual"):
+                x = aux = (kept.pop() + layer(aux)) / math.sqrt(2)
+            else:
+                x = layer(x) if name.endswith("conv") else layer(x, e)
             kept.append(x)
         for name, layer in self.dec.items():
-            if name.endswith("aux_norm"):
-                x = silu(layer(x))
-            elif name.endswith("aux_conv"):
-                x = layer(x)
-            else:
+            if "aux" not in name:
                 x = layer(torch.cat([x, kept.pop()], dim=1) if "block" in name else x, e)
-        return x
+        return self.output(x)
 
-    def embedding(
-        self, c_noise: torch.Tensor, labels: torch.Tensor | None, augment_labels: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Noise level and labels as one vector e: (B, 4 model_channels)."""
-        e = positional_embedding(c_noise, self.model_channels)
+    def stem_channels(self, channel_mult: tuple[int, ...]) -> int:
+        """Width of the first convolution."""
+        return self.model_channels
+
+    def add_aux(self, name: str, aux_channels: int, channels: int) -> int:
+        """Add a step of the input pyramid, if there is one; returns the pyramid's width after it."""
+        return aux_channels
+
+    def decoder_attends(self, last: bool) -> bool:
+        """Whether a decoder block has self-attention at the resolutions that ask for it."""
+        return last
+
+
+class DDPMpp(UNet):
+    """DDPM++."""
+
+    def add_mapping(self) -> None:
+        """Layers from noise level and labels to the embedding."""
+        init, features = self.Block.init, self.noise_mult * self.model_channels
         if self.label_dim:
-            if labels is None:
-                labels = e.new_zeros(1, self.label_dim)
-            e = e + self.map_label(labels.to(e.dtype) * math.sqrt(self.label_dim))
-        if self.augment_dim and augment_labels is not None:
-            e = e + self.map_augment(augment_labels.to(e.dtype))
+            self.map_label = init(nn.Linear(self.label_dim, features))
+        if self.augment_dim:
+            self.map_augment = init(nn.Linear(self.augment_dim, features, bias=False))
+        self.map_layer0 = init(nn.Linear(features, self.embedding_channels))
+        self.map_layer1 = init(nn.Linear(self.embedding_channels, self.embedding_channels))
+
+    def noise_features(self, c_noise: torch.Tensor) -> torch.Tensor:
+        """(B,) -> (B, model_channels), frequencies from 1 to 1/10000."""
+        half = self.model_channels // 2
+        return torch.cat(sinusoids(c_noise, falling_frequencies(half, half - 1, like=c_noise)), dim=1)
+
+    def embedding(self, c_noise: torch.Tensor, labels: torch.Tensor, augment_labels: torch.Tensor) -> torch.Tensor:
+        """Noise level and labels as one vector e: (B, embedding_channels)."""
+        e = self.noise_features(c_noise)
+        if self.label_dim:
+            e = e + self.map_label(labels * math.sqrt(self.label_dim))
+        if self.augment_dim:
+            e = e + self.map_augment(augment_labels)
         return silu(self.map_layer1(silu(self.map_layer0(e))))
 
+    def add_output(self, img_resolution: int, channels: int, out_channels: int) -> None:
+        """Layers from the decoder's last block to the output."""
+        name = f"{img_resolution}x{img_resolution}_aux"
+        self.dec[f"{name}_norm"] = group_norm(channels, self.Block.eps)
+        self.dec[f"{name}_conv"] = self.Block.init(conv(channels, out_channels, 3), self.Block.last_gain)
 
-NETWORKS = {"ddpmpp": DDPMpp}
+    def output(self, x: torch.Tensor) -> torch.Tensor:
+        *_, norm, last = self.dec.values()
+        return last(silu(norm(x)))
+
+
+class NCSNpp(DDPMpp):
+    """NCSN++: DDPM++ with Fourier features, a smoother filter, and the input fed to every level of the encoder."""
+
+    Block = NCSNppBlock
+    noise_mult = 2
+
+    def add_mapping(self) -> None:
+        self.map_noise = FourierFeatures(self.noise_mult * self.model_channels)
+        super().add_mapping()
+
+    def noise_features(self, c_noise: torch.Tensor) -> torch.Tensor:
+        return self.map_noise(c_noise)
+
+    def add_aux(self, name: str, aux_channels: int, channels: int) -> int:
+        self.enc[name] = self.Block.init(AuxResidual(aux_channels, channels, self.Block.taps))
+        return channels
+
+
+class ADM(UNet):
+    """ADM, the network of guided diffusion."""
+
+    Block = ADMBlock
+
+    def add_mapping(self) -> None:
+        """Layers from noise level and labels to the embedding."""
+        init, features = self.Block.init, self.model_channels
+        if self.augment_dim:
+            self.map_augment = init(nn.Linear(self.augment_dim, features, bias=False), gain=0)
+        self.map_layer0 = init(nn.Linear(features, self.embedding_channels))
+        self.map_layer1 = init(nn.Linear(self.embedding_channels, self.embedding_channels))
+        if self.label_dim:
+            self.map_label = nn.Linear(self.label_dim, self.embedding_channels, bias=False)
+            nn.init.normal_(self.map_label.weight)
+
+    def embedding(self, c_noise: torch.Tensor, labels: torch.Tensor, augment_labels: torch.Tensor) -> torch.Tensor:
+        """Noise level and labels as one vector e: (B, embedding_channels)."""
+        half = self.model_channels // 2
+        sines, cosines = sinusoids(c_noise, falling_frequencies(half, half, like=c_noise))
+        e = torch.cat([cosines, sines], dim=1)
+        if self.augment_dim:
+            e = e + self.map_augment(augment_labels)
+        e = self.map_layer1(silu(self.map_layer0(e)))
+        return silu(e + self.map_label(labels)) if self.label_dim else silu(e)
+
+    def stem_channels(self, channel_mult: tuple[int, ...]) -> int:
+        return self.model_channels * channel_mult[0]
+
+    def decoder_attends(self, last: bool) -> bool:
+        return True
+
+    def add_output(self, img_resolution: int, channels: int, out_channels: int) -> None:
+        """Layers from the decoder's last block to the output."""
+        self.out_norm = group_norm(channels, self.Block.eps)
+        self.out_conv = self.Block.init(conv(channels, out_channels, 3), self.Block.last_gain)
+
+    def output(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out_conv(silu(self.out_norm(x)))
+
+
+NETWORKS = {"ddpmpp": DDPMpp, "ncsnpp": NCSNpp, "adm": ADM}

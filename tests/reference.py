@@ -20,10 +20,13 @@ def wave(*shape: int, scale: float, frequency: float, phase: float) -> torch.Ten
 def fill(net: nn.Module) -> nn.Module:
     """Give every parameter the value that follows from its name and shape; the network becomes float64."""
     net.double()
-    for name, parameter in net.named_parameters():
+    frequencies = [(name, buffer) for name, buffer in net.named_buffers() if name.endswith("freqs")]
+    for name, parameter in [*net.named_parameters(), *frequencies]:
         phase = (zlib.crc32(name.encode()) % 10007) / 100
         s = wave(*parameter.shape, scale=1, frequency=0.61803398875, phase=phase)
-        if name.endswith("bias"):
+        if name.endswith("freqs"):
+            value = 2 * s
+        elif name.endswith("bias"):
             value = 0.1 * s
         elif parameter.ndim == 1:
             value = 1 + 0.1 * s

@@ -73,13 +73,46 @@ BAD_OVERRIDES = {
     "data.channels=2": "neither 1 (grey) nor 3 (colour)",
     "data.resolution=16": "padded, never shrunk",
     "training.accumulation=3": "3 does not divide training.batch_size 64",
-    "sampler.sigma_min=100": "must be below sampler.sigma_max",
+    "sampler.sigma_min=100": "sampler: sigma_min 100 must be below sigma_max 80",
+    "sampler.alpha=0": "sampler.alpha: 0 is out of range; it must be above 0 and at most 1",
+    "sampler.discretization=dpm": "did you mean 'iddpm'? Allowed: edm, vp, ve, iddpm",
+    "sampler.scaling=vpp": "did you mean 'vp'",
+    "preconditioning.formulation=vpp": "did you mean 'vp'",
+    "loss.noise_distribution=log_normal": "did you mean 'lognormal'",
+    "data.augment_probability=0.1": "needs network.augment_dim=9",
+    "data.augment_probability=1.5": "must be at least 0 and at most 1",
+    "network.augment_dim=3": "must be 0 (no augmentation) or 9, not 3",
     "sampler.guidance=2": "needs a class-conditional network",
     "loss.label_dropout=0.1": "needs a class-conditional network",
     "training.seed": "write section.key=value",
     "seed=1": "write section.key=value",
     "training.seed=[": "not valid YAML",
 }
+
+
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        ("discretization: iddpm, sampling_steps: 2000", "noise levels from 0.002 to 81, too few for 2000 steps"),
+        ("schedule: vp, sigma_min: 20", "no VP schedule rises from 20 to 80"),
+        ("discretization: vp, sigma_max: 0.5, sigma_min: 0.4", "no VP schedule rises from 0.4 to 0.5"),
+    ],
+)
+def test_choices_that_do_not_fit_together(sampler, message, tmp_path):
+    (tmp_path / "c.yaml").write_text(f"sampler: {{{sampler}}}")
+    with pytest.raises(UserError, match=re.escape(message)):
+        configs.load(tmp_path / "c.yaml")
+
+
+def test_the_range_of_noise_levels_is_clamped_to_what_the_network_knows():
+    def ends(formulation):
+        steps, _ = configs.sampling_plan(configs.from_dict({}, "x", "x", [f"preconditioning.formulation={formulation}"]))
+        return steps[0].item(), steps[-2].item()
+
+    assert ends("edm") == pytest.approx((80, 0.002))
+    assert ends("ve") == pytest.approx((80, 0.02))
+    with pytest.raises(UserError, match=r"sigma_min 0.02 must be below sigma_max 0.01; the denoiser knows 0.02 to 100"):
+        configs.from_dict({}, "x", "x", ["preconditioning.formulation=ve", "sampler.sigma_max=0.01"])
 
 
 @pytest.mark.parametrize(("override", "message"), BAD_OVERRIDES.items())

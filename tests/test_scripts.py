@@ -182,7 +182,8 @@ def test_bad_sampling_of_a_good_checkpoint(script, trained):
     for arguments, message in {
         ("--class", 2): "2 is not a class of",
         ("--rho", "x"): "sampler.rho: must be a number, not 'x'",
-        ("--sigma_min", 99): "must be below sampler.sigma_max",
+        ("--sigma_min", 99): "sigma_min 99 must be below sigma_max 80",
+        ("--schedule", "vp", "--sigma_min", 30): "no VP schedule rises from 30 to 80",
         ("--rho", 0.005): "sampler.rho: 0.005 is out of range; it must be at least 0.1",
         ("--export", "."): "cannot write",
         ("--solver", "heunn"): "did you mean 'heun'",
