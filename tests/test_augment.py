@@ -72,7 +72,8 @@ def test_quarter_turns_are_exact_and_clockwise(turns, size):
 def test_a_blob_moves_and_grows_as_the_order_of_transformations_says(fields, expected):
     """Flip, zoom, turn, stretch, shift: a blob at (4, 0) ends where the composition puts it, to a few grey levels."""
     moved = transformation(1, **fields).apply(blob(4, 0))
-    torch.testing.assert_close(moved, blob(*expected), atol=0.08, rtol=0)
+    inner = (..., slice(6, -6), slice(6, -6))  # beyond it, the border's reflection shows the blob again
+    torch.testing.assert_close(moved[inner], blob(*expected)[inner], atol=0.08, rtol=0)
 
 
 def test_shrinking_is_anti_aliased_and_enlarging_leaves_no_blur():
