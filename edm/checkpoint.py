@@ -6,6 +6,7 @@ weights in half precision.
 """
 
 import os
+import pickle
 import re
 import zipfile
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from typing import BinaryIO
 import torch
 
 from edm import config as configs
+from edm import published
 from edm.config import Config
 from edm.errors import UserError
 from edm.files import write_whole
@@ -47,7 +49,8 @@ def write(path: Path, contents: dict) -> None:
 
 
 def read(path: str | Path) -> dict:
-    """Read a checkpoint onto the CPU. No code in the file can run.
+    """Read a checkpoint onto the CPU: one of ours, of a lesson, or a network published with the paper. No code in the file
+    can run.
 
     Raises:
         UserError: no such file, a damaged one, or one of something else.
@@ -56,6 +59,8 @@ def read(path: str | Path) -> dict:
     if not os.path.isfile(path):  # unlike Path.is_file, it never raises
         near = ", ".join(f"diffusion-{step}.pt" for step in saved_steps(path.parent)[-5:])
         raise UserError(f"there is no checkpoint {path}" + (f"; beside it are {near}" if near else ""))
+    if not zipfile.is_zipfile(path):
+        return published.read_pickle(path)
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare the archive's checksums
             if archive.testzip() is not None:
@@ -63,8 +68,12 @@ def read(path: str | Path) -> dict:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
+    except pickle.UnpicklingError as error:
+        raise published.refusal(path, published.name_in(str(error))) from None
     except Exception:  # a damaged or hostile archive can make the readers raise anything
         raise UserError(f"{path} is damaged, or not a checkpoint of this project") from None
+    if isinstance(contents, dict) and "model_state_dict" in contents:
+        return published.read_lesson(contents, path)
     if not isinstance(contents, dict) or not {"config", "name", "step", "ema"} <= contents.keys():
         raise UserError(f"{path} is not a checkpoint of this project: it lacks config, name, step or ema")
     if not is_weights(contents["ema"]):

@@ -1,0 +1,233 @@
+"""Networks published with the paper, and those of lessons built on them, read as data: nothing in the files runs.
+
+A published network is a pickle of Python objects. The unpickler here knows tensors, numbers and plain containers. It turns
+the authors' own objects, which carry their source code with them, into records of their state, and refuses the rest.
+"""
+
+import io
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import numpy
+import torch
+
+from edm.config import Config, DataConfig, NetworkConfig, PreconditioningConfig
+from edm.errors import UserError, nearest
+from edm.precond import PRECONDITIONINGS
+from edm.unet import NETWORKS
+
+FORMULATIONS = {f"{formulation}precond": formulation for formulation in PRECONDITIONINGS}  # of the authors' classes
+
+
+class Refused(pickle.UnpicklingError):
+    """The file names something that is no data."""
+
+
+class Record:
+    """An object in the file: its class's name, where it is known, and its state."""
+
+    def __init__(self, class_name: str = ""):
+        self.class_name = class_name
+        self.state = {}
+
+    def __setstate__(self, state: dict) -> None:
+        self.state = state
+
+
+def persistent_object(meta: dict) -> Record:
+    """The authors' wrapper: `type`, `version`, `module_src` (which is not looked at), `class_name` and `state`."""
+    record = Record(meta["class_name"])
+    record.state = meta["state"]
+    return record
+
+
+def reconstructed(cls: type, base: type, state: object) -> Record:
+    """How protocols 0 and 1 make an object."""
+    return cls()
+
+
+def storage_from_bytes(data: bytes) -> torch.Tensor:
+    """A tensor's memory, a file of PyTorch's inside the file, as a tensor of one dimension."""
+    try:
+        storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise Refused(name_in(str(error))) from None
+    return torch.tensor([], dtype=storage.dtype).set_(storage)
+
+
+def tensor_from_storage(storage: torch.Tensor, offset: int, size: tuple, stride: tuple, *ignored: object) -> torch.Tensor:
+    return storage.as_strided(size, stride, offset)
+
+
+class NumpyDtype:
+    """A NumPy type of plain numbers."""
+
+    def __init__(self, name: str, *ignored: object):
+        if not re.fullmatch(r"[biuf][1248]", name):
+            raise Refused(f"numpy.dtype({name!r})")
+        self.dtype = numpy.dtype(name)
+
+    def __setstate__(self, state: tuple) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+def numpy_scalar(dtype: NumpyDtype, data: bytes) -> float | int | bool:
+    return numpy.frombuffer(data, dtype.dtype)[0].item()
+
+
+KNOWN = {
+    "torch_utils.persistence._reconstruct_persistent_obj": persistent_object,
+    "torch.nn.modules.container.ModuleDict": Record,
+    "torch.storage._load_from_bytes": storage_from_bytes,
+    "torch._utils._rebuild_tensor_v2": tensor_from_storage,
+    "torch._utils._rebuild_parameter": lambda data, requires_grad, hooks: data,
+    "collections.OrderedDict": OrderedDict,
+    "builtins.set": set,
+    "builtins.object": object,
+    "copyreg._reconstructor": reconstructed,
+    "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # bytes, in protocols 0 to 2
+    "numpy.dtype": NumpyDtype,
+    "numpy.core.multiarray.scalar": numpy_scalar,
+    "numpy._core.multiarray.scalar": numpy_scalar,
+}
+OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2's names, which protocols 0 to 2 use
+
+
+class Unpickler(pickle.Unpickler):
+    """An unpickler of data alone."""
+
+    def find_class(self, module: str, name: str):
+        known = f"{OLD_MODULES.get(module, module)}.{name}"
+        if known not in KNOWN:
+            raise Refused(f"{module}.{name}")
+        return KNOWN[known]
+
+
+def name_in(message: str) -> str:
+    """What PyTorch's own unpickler refused, from its message."""
+    match = re.search(r"(?:GLOBAL|function|class|type) (\S+)", message)
+    return match[1] if match else "something that is no data"
+
+
+def refusal(path: Path, name: str) -> UserError:
+    return UserError(f"{path} is refused: it asks for {name}, which is no data and could run code")
+
+
+def read_pickle(path: Path) -> dict:
+    """A network published with the paper, as the contents of a checkpoint: `step`, `name`, `config` and `ema`.
+
+    Raises:
+        UserError: the file asks for more than data, is damaged, or holds something else.
+    """
+    try:
+        with open(path, "rb") as file:
+            contents = Unpickler(file).load()
+        network = contents["ema"]
+        state, name = network.state, network.class_name
+        weights = {name: tensor for name, tensor in tensors(network) if isinstance(tensor, torch.Tensor)}
+    except Refused as error:
+        raise refusal(path, str(error)) from None
+    except PermissionError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
+    except Exception:  # a damaged or hostile pickle can make its reader raise anything
+        raise UserError(f"{path} is damaged, or not a checkpoint of this project") from None
+    if str(name).lower() not in FORMULATIONS:
+        raise UserError(f"{path}: unknown network {name!r:.60}; {nearest(str(name), FORMULATIONS)}")
+    formulation = FORMULATIONS[name.lower()]
+    for field in fields(PRECONDITIONINGS[formulation]):
+        if field.name != "sigma_data" and float(state.get(field.name, field.default)) != field.default:
+            raise UserError(f"{path}: its {field.name} is {state[field.name]}, and only {field.default} is known here")
+    sigma_data = float(state.get("sigma_data", 0.5))
+    return as_checkpoint(path, weights, formulation, sigma_data)
+
+
+def tensors(record: Record, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters of a module's record and of those in it, by their full names, and the buffers that the numbers hang on."""
+    yield from ((prefix + name, tensor) for name, tensor in record.state.get("_parameters", {}).items())
+    for name, tensor in record.state.get("_buffers", {}).items():
+        if name in ("freqs", "resample_filter"):
+            yield prefix + name, tensor
+    for name, module in record.state.get("_modules", {}).items():
+        yield from tensors(module, f"{prefix}{name}.")
+
+
+def read_lesson(contents: dict, path: Path) -> dict:
+    """A checkpoint of a lesson built on the same networks, as the contents of one of ours.
+
+    Args:
+        contents: `model_state_dict`, whose names begin with "_score_network.", and `config`, of any shape.
+
+    Raises:
+        UserError: it is something else.
+    """
+    prefix, weights = "_score_network.", contents["model_state_dict"]
+    if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        raise UserError(f"{path}: its model_state_dict is not a table of tensors")
+    weights = {str(name).removeprefix(prefix): tensor for name, tensor in weights.items() if str(name).startswith(prefix)}
+    found = set(formulations(contents.get("config")))
+    if len(found) > 1:
+        raise UserError(f"{path}: its config names several formulations ({', '.join(sorted(found))}); choose by --config_path")
+    if not found:
+        print(f"{path} does not say how its network is preconditioned; taken as edm")
+    step = contents.get("step", 0)
+    return as_checkpoint(path, weights, *(found or {"edm"}), step=step if isinstance(step, int) and step >= 0 else 0)
+
+
+def formulations(config: object, key: str = "") -> Iterator[str]:
+    """The formulations that a nest of plain values names: "...VPPrecond" anywhere, or "vp" at a key that has to do with it."""
+    if isinstance(config, dict):
+        for inner, value in config.items():
+            yield from formulations(value, str(inner))
+    elif isinstance(config, list | tuple):
+        for value in config:
+            yield from formulations(value, key)
+    elif isinstance(config, str):
+        match = re.search(rf"(?:^|[._])({'|'.join(PRECONDITIONINGS)})_?(precond\w*)?$", config, re.IGNORECASE)
+        if match and (match[2] or re.search("precond|formulation", key, re.IGNORECASE)):
+            yield match[1].lower()
+
+
+def as_checkpoint(path: Path, weights: dict, formulation: str, sigma_data: float = 0.5, step: int = 0) -> dict:
+    """Weights, by their official names, with the config that they imply; the rest of it has its defaults."""
+    filters = [tensor for name, tensor in weights.items() if name.endswith("resample_filter")]
+    weights = {name: tensor for name, tensor in weights.items() if name.startswith("model.") and "resample_filter" not in name}
+    try:
+        data, network = sizes(weights)
+    except (KeyError, IndexError, ValueError, ZeroDivisionError):
+        raise UserError(f"{path}: its network is none of {', '.join(NETWORKS)}") from None
+    taps = len(NETWORKS[network.architecture].Block.taps)
+    if any(kernel.shape[-1] != taps for kernel in filters):
+        raise UserError(f"{path}: its resampling filter does not have the {taps} taps of {network.architecture}")
+    config = Config(path.stem, data, network, PreconditioningConfig(formulation, sigma_data))
+    return {"step": step, "name": path.stem, "config": config.to_dict(), "ema": weights}
+
+
+def sizes(weights: dict) -> tuple[DataConfig, NetworkConfig]:
+    """The images and the architecture that weights are for, from their names and shapes."""
+    blocks = [re.fullmatch(r"model\.enc\.(\d+)x\1_block(\d+)\.conv0\.weight", name) for name in weights]
+    blocks = [(int(match[1]), int(match[2])) for match in blocks if match]
+    resolutions = sorted({res for res, _ in blocks}, reverse=True)
+    top = resolutions[0]
+
+    def shape(name: str) -> tuple[int, ...]:
+        return tuple(weights[f"model.{name}"].shape)
+
+    def inputs(name: str) -> int:
+        return shape(name)[1] if f"model.{name}" in weights else 0
+
+    family = "adm" if "model.out_conv.weight" in weights else "ncsnpp" if "model.map_noise.freqs" in weights else "ddpmpp"
+    model_channels = shape("map_layer0.weight")[0] // 4
+    network = NetworkConfig(
+        architecture=family,
+        model_channels=model_channels,
+        channel_mult=tuple(shape(f"enc.{res}x{res}_block0.conv0.weight")[0] // model_channels for res in resolutions),
+        num_blocks=1 + max(index for _, index in blocks),
+        attn_resolutions=tuple(res for res in resolutions if f"model.enc.{res}x{res}_block0.qkv.weight" in weights),
+        label_dim=inputs("map_label.weight"),
+        augment_dim=inputs("map_augment.weight"),
+    )
+    return DataConfig("image_folder", resolution=top, channels=shape(f"enc.{top}x{top}_conv.weight")[1]), network
