@@ -1,6 +1,7 @@
 """Configs: what passes, and the one line that comes of what does not."""
 
 import dataclasses
+import importlib
 import re
 
 import pytest
@@ -9,8 +10,12 @@ from conftest import ROOT
 from edm import config as configs
 from edm.config import Config
 from edm.errors import UserError
+from edm.loss import NOISE_DISTRIBUTIONS, WEIGHTINGS
+from edm.precond import PRECONDITIONINGS
+from edm.schedule import DISCRETIZATIONS, SCALINGS, SCHEDULES
+from edm.unet import NETWORKS
 
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -24,6 +29,64 @@ def test_every_config_loads_and_explains_every_entry(path):
 
 def test_the_lesson_is_the_default():
     assert configs.load(ROOT / "configs/edm.yaml") == Config()
+
+
+def changed(before: str, after: str) -> set[str]:
+    """The entries that differ between two config files, which must also be the lines that do, but for the heading."""
+    a, b = (configs.load(ROOT / f"configs/{name}.yaml").to_dict() for name in (before, after))
+    entries = {f"{section}.{key}" for section in a for key in a[section] if a[section][key] != b[section][key]}
+    lines = [(ROOT / f"configs/{name}.yaml").read_text().partition("\ndata:")[2].splitlines() for name in (before, after)]
+    assert len(lines[0]) == len(lines[1])
+    assert sum(x != y for x, y in zip(*lines)) == len(entries)
+    return entries
+
+
+COLUMN = {"preconditioning.formulation", "loss.noise_distribution", "loss.weighting"}
+SAMPLING = {"sampler.solver", "sampler.sampling_steps", "sampler.discretization"}
+
+
+def test_the_columns_of_table_1_differ_by_their_cells():
+    assert changed("edm", "vp") == COLUMN | SAMPLING | {"sampler.schedule", "sampler.scaling"}
+    assert changed("edm", "ve") == COLUMN | SAMPLING | {"sampler.schedule", "network.architecture"}
+    assert changed("edm", "iddpm_ddim") == COLUMN | SAMPLING | {"network.architecture"}
+
+
+@pytest.mark.parametrize("formulation", ["vp", "ve"])
+def test_the_rows_of_table_2_differ_by_what_the_paper_changes(formulation):
+    optimisation = {"batch_size", "num_training_steps", "learning_rate", "lr_rampup_images", "max_grad_norm"}
+    rows = {
+        "ab": {f"training.{key}" for key in optimisation} | {"network.dropout", "ema.halflife_images", "ema.rampup_ratio"},
+        "bc": {"network.channel_mult"},
+        "cd": {"preconditioning.formulation"},
+        "de": {"loss.noise_distribution", "loss.weighting"},
+        "ef": {"data.augment_probability", "network.augment_dim"},
+    }
+    for (before, after), entries in rows.items():
+        assert changed(f"table2/{formulation}_{before}", f"table2/{formulation}_{after}") == entries
+    assert changed("table2/vp_f", "table2/ve_f") == {"network.architecture"}
+    assert changed("table2/vp_a", "table2/ve_a") == {"network.architecture"} | COLUMN
+
+
+def test_the_cifar10_config_is_table_2s_last():
+    cifar10, last = (configs.load(ROOT / f"configs/{name}.yaml") for name in ("cifar10", "table2/vp_f"))
+    assert dataclasses.replace(cifar10, name=last.name) == last
+
+
+def test_the_readme_names_a_function_for_every_cell_of_table_1():
+    """Every `room.name` in the table exists, and every choice of every table of choices stands in it."""
+    section = (ROOT / "README.md").read_text().partition("## The design space")[2].partition("Names in the cells")[0]
+    names = re.findall(r"`((?:schedule|sampler|unet|precond|loss)\.[A-Za-z_]\w*(?:\.\w+)?)`", section)
+    options = {f"{s}.{key}" for s, entries in Config().to_dict().items() for key in entries}
+    places = [name for name in names if name not in options]
+    assert len(places) > 30
+    for name in places:
+        room, *path = name.split(".")
+        found = importlib.import_module(f"edm.{room}")
+        for attribute in path:
+            found = getattr(found, attribute)
+        assert callable(found)
+    tables = (DISCRETIZATIONS, SCHEDULES, SCALINGS, NETWORKS, PRECONDITIONINGS, NOISE_DISTRIBUTIONS, WEIGHTINGS)
+    assert all(f"`{choice}`" in section for table in tables for choice in table)
 
 
 def test_a_config_survives_the_round_trip_through_a_checkpoint():
