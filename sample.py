@@ -3,11 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-from edm.checkpoint import export
 from edm.cli import Parser, at_least, run, seed_list
 from edm.config import SamplerConfig
 from edm.device import pick_device
-from edm.generate import write_samples
+from edm.generate import export, write_samples
 
 SAMPLER_FLAGS = [field.name for field in dataclasses.fields(SamplerConfig) if field.name != "num_samples"]
 

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import conv2d, grid_sample, pad
+from torch.nn.functional import grid_sample, pad
 
 NUM_LABELS = 9
 
@@ -74,9 +74,9 @@ class Transformation:
         return torch.cat([torch.stack(columns, dim=1), self.shift], dim=1)
 
     def apply(self, images: torch.Tensor) -> torch.Tensor:
-        """Transform images (B, C, H, W) in [-1, 1], differentiably; the geometry beyond flips is one resampling.
+        """Transform images (B, C, H, W) in [-1, 1], 2 or more pixels a side, differentiably.
 
-        Borders are reflected. Flips, and images left as they are, are exact.
+        The geometry beyond flips is one resampling. Borders are reflected. Flips, and images left as they are, are exact.
         """
         images = torch.where(self.x_flip[:, None, None, None] > 0, images.flip(3), images)
         images = torch.where(self.y_flip[:, None, None, None] > 0, images.flip(2), images)
@@ -95,10 +95,11 @@ class Transformation:
         height, width = images.shape[2:]
         x = torch.arange(width, dtype=images.dtype, device=images.device) - (width - 1) / 2
         y = torch.arange(height, dtype=images.dtype, device=images.device) - (height - 1) / 2
-        shift_x, shift_y = self.shift[:, 0, None] * width / 8, self.shift[:, 1, None] * height / 8
+        shift_x, shift_y = self.shift.to(images.dtype)[..., None].unbind(dim=1)
+        shift_x, shift_y = shift_x * width / 8, shift_y * height / 8
         # Relative to the centre: where the output's pixels were before the shift, (B, H, W, 2), and in the input.
         x, y = torch.broadcast_tensors((x - shift_x)[:, None, :], (y - shift_y)[:, :, None])
-        back = self.backward_map()
+        back = self.backward_map().to(images.dtype)
         x, y = (torch.stack([x, y], dim=-1) @ back.mT[:, None]).unbind(dim=-1)
         grid = torch.stack([x * 2 / (width - 1), y * 2 / (height - 1)], dim=-1)  # the outermost pixels' centres are at -1 and 1
         smooth = antialiased(images, back)
@@ -111,23 +112,24 @@ def antialiased(images: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
     A pixel of the output covers, in the input, an ellipse with semi-axes in proportion to the map's singular values. The
     Gaussian's variance is a quarter of what their squares exceed 1 by: 0, and so no smoothing, where the image is enlarged.
     """
-    batch_size, channels = images.shape[:2]
-    reach = 3
-    # Eigenvalues a >= b of the symmetric back back^T, in closed form, and its part beyond the identity.
-    gram = back @ back.mT
-    mean = (gram[:, 0, 0] + gram[:, 1, 1]) / 2
-    gap = (((gram[:, 0, 0] - gram[:, 1, 1]) / 2) ** 2 + gram[:, 0, 1] ** 2).sqrt().clamp(min=1e-12)
+    gram = back @ back.mT  # its eigenvalues, a >= b, in closed form, are the squares
     identity = torch.eye(2, dtype=back.dtype, device=back.device)
-    along = (gram - (mean - gap)[:, None, None] * identity) / (2 * gap)[:, None, None]  # the projection on a's direction
-    variance_a, variance_b = ((eigenvalue - 1).clamp(min=0) / 4 + 1e-4 for eigenvalue in (mean + gap, mean - gap))
-    precision = along / variance_a[:, None, None] + (identity - along) / variance_b[:, None, None]
-    offset = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
-    taps = torch.stack(torch.meshgrid(offset, offset, indexing="xy"), dim=-1)  # (7, 7, 2)
-    kernel = torch.exp(-(taps[None] @ precision[:, None] * taps).sum(dim=-1) / 2)
-    kernel = kernel / kernel.sum(dim=(1, 2), keepdim=True)
-    planes = pad(images, (reach,) * 4, mode="reflect").flatten(0, 1)[None]
-    kernels = kernel.repeat_interleave(channels, dim=0)[:, None]
-    return conv2d(planes, kernels, groups=batch_size * channels).reshape(images.shape)
+    mean = gram.diagonal(dim1=1, dim2=2).mean(dim=1)
+    gap = (((gram[:, 0, 0] - gram[:, 1, 1]) / 2) ** 2 + gram[:, 0, 1] ** 2).sqrt().clamp(min=1e-12)
+    a, b = mean + gap, mean - gap
+    along = (gram - b[:, None, None] * identity) / (a - b)[:, None, None].clamp(min=1e-12)  # projects on a's direction
+    variance_a, variance_b = ((eigenvalue - 1).clamp(min=0)[:, None, None] / 4 for eigenvalue in (a, b))
+    variance = variance_a * along + variance_b * (identity - along)
+
+    height, width = images.shape[2:]
+    margin = min(8, height - 1, width - 1)
+    padded = pad(images, (margin,) * 4, mode="reflect")
+    y = 2 * math.pi * torch.fft.fftfreq(padded.shape[2], device=images.device, dtype=images.dtype)
+    x = 2 * math.pi * torch.fft.rfftfreq(padded.shape[3], device=images.device, dtype=images.dtype)
+    frequency = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # (H', W' / 2 + 1, 2), radians a pixel
+    response = torch.exp(-(frequency @ variance[:, None] * frequency).sum(dim=-1) / 2)
+    smooth = torch.fft.irfft2(torch.fft.rfft2(padded) * response[:, None], s=padded.shape[2:])
+    return smooth[..., margin : margin + height, margin : margin + width]
 
 
 def augment(images: torch.Tensor, probability: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,6 +20,7 @@ from edm import published
 from edm.config import Config
 from edm.errors import UserError
 from edm.files import write_whole
+from edm.published import is_plain
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -68,10 +69,9 @@ def read(path: str | Path) -> dict:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
-    except pickle.UnpicklingError as error:
-        raise published.refusal(path, published.name_in(str(error))) from None
-    except Exception:  # a damaged or hostile archive can make the readers raise anything
-        raise UserError(f"{path} is damaged, or not a checkpoint of this project") from None
+    except Exception as error:  # a damaged or hostile archive can make the readers raise anything
+        refused = published.name_in(str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        raise (published.refusal(path, refused) if refused else published.damaged(path)) from None
     if isinstance(contents, dict) and "model_state_dict" in contents:
         return published.read_lesson(contents, path)
     if not isinstance(contents, dict) or not {"config", "name", "step", "ema"} <= contents.keys():
@@ -92,25 +92,9 @@ def read_config(contents: dict, path: str | Path, overrides: Iterable[str] = ())
     return configs.from_dict(contents["config"], contents["name"], f"the config in {path}", overrides)
 
 
-def export(source: Path, target: Path) -> None:
-    """Write a checkpoint for sampling only: the averaged weights in half precision, step, name and config.
-
-    Raises:
-        UserError: the source cannot be read or the target cannot be written.
-    """
-    contents = read(source)
-    kept = {key: contents[key] for key in ("step", "name", "config")}
-    # What is small stays exact: biases, norms, and NCSN++'s frequencies, which half precision would detune.
-    ema = {name: tensor.half() if tensor.ndim > 1 else tensor.float() for name, tensor in contents["ema"].items()}
-    write(target, {**kept, "ema": ema})
-    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
-
-
 def is_weights(value: object) -> bool:
-    """Whether a value is a dict of named tensors."""
-    return isinstance(value, dict) and all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items()
-    )
+    """Whether a value is a dict of named tensors of floating-point numbers."""
+    return isinstance(value, dict) and all(isinstance(name, str) and is_plain(tensor) for name, tensor in value.items())
 
 
 def load_weights(module: torch.nn.Module, weights: dict, path: str | Path) -> None:

@@ -17,6 +17,7 @@ from edm.augment import NUM_LABELS
 from edm.errors import UserError, nearest
 from edm.loss import NOISE_DISTRIBUTIONS, WEIGHTINGS
 from edm.precond import PRECONDITIONINGS, Preconditioning
+from edm.sampler import SOLVERS
 from edm.schedule import DISCRETIZATIONS, SCALINGS, SCHEDULES, Schedule, table_1
 from edm.schema import check, describe, number, one_of
 from edm.strictyaml import parse_yaml
@@ -27,6 +28,8 @@ DATASETS = ("mnist", "fashion_mnist", "cifar10", "image_folder", "digits")
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Where the images come from, and what is done to them."""
+
     dataset: str = one_of("mnist", *DATASETS)
     root: str = "data"
     resolution: int = number(32, at_least=4, at_most=1024)
@@ -37,6 +40,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class NetworkConfig:
+    """The raw network F."""
+
     architecture: str = one_of("ddpmpp", *NETWORKS)
     model_channels: int = number(128, at_least=4, at_most=2048)
     channel_mult: tuple[int, ...] = number((2, 2, 2), at_least=1, at_most=64)
@@ -49,12 +54,16 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class PreconditioningConfig:
+    """How F becomes a denoiser."""
+
     formulation: str = one_of("edm", *PRECONDITIONINGS)
     sigma_data: float = number(0.5, above=0)
 
 
 @dataclass(frozen=True)
 class LossConfig:
+    """At which noise levels it is trained, and with what weights."""
+
     noise_distribution: str = one_of("lognormal", *NOISE_DISTRIBUTIONS)
     P_mean: float = number(-1.2)
     P_std: float = number(1.2, at_least=0)
@@ -64,6 +73,8 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
+    """Steps, batches, Adam, precision."""
+
     num_training_steps: int = number(20_000, at_least=1)
     batch_size: int = number(64, at_least=1, at_most=1_000_000)
     accumulation: int = number(1, at_least=1)
@@ -81,12 +92,16 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class EMAConfig:
+    """The averaged weights."""
+
     halflife_images: int = number(50_000, above=0)
     rampup_ratio: float | None = number(0.05, above=0)
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
+    """How samples are made, in training and after."""
+
     num_samples: int = number(64, at_least=1)
     sampling_steps: int = number(18, at_least=1, at_most=100_000)
     discretization: str = one_of("edm", *DISCRETIZATIONS)
@@ -95,7 +110,7 @@ class SamplerConfig:
     sigma_min: float | None = number(None, at_least=1e-6)
     sigma_max: float | None = number(None, at_most=1e6)
     rho: float = number(7.0, at_least=0.1, at_most=1000)
-    solver: str = one_of("heun", "heun", "euler")
+    solver: str = one_of("heun", *SOLVERS)
     alpha: float = number(1.0, above=0, at_most=1)
     S_churn: float = number(0.0, at_least=0)
     S_min: float = number(0.0, at_least=0)
@@ -228,7 +243,7 @@ def sampling_plan(config: Config) -> tuple[torch.Tensor, Schedule]:
         ValueError: the choices do not fit together.
     """
     formulation, sampler = preconditioning(config), config.sampler
-    return table_1(
+    sigma_steps, schedule = table_1(
         sampler.sampling_steps,
         sampler.discretization,
         sampler.schedule,
@@ -238,6 +253,9 @@ def sampling_plan(config: Config) -> tuple[torch.Tensor, Schedule]:
         sampler.rho,
         supported=(formulation.sigma_min, formulation.sigma_max),
     )
+    if sampler.S_churn > 0:
+        schedule.t(sigma_steps[0].item() * math.sqrt(2))  # the highest noise level that churn can ask for
+    return sigma_steps, schedule
 
 
 def check_combinations(config: Config, source: str) -> None:

@@ -19,7 +19,8 @@ class GaussianMixture:
     def __init__(self, means: torch.Tensor, covariances: torch.Tensor, weights: torch.Tensor | None = None):
         self.means = means.double()
         self.eigenvalues, self.eigenvectors = torch.linalg.eigh(covariances.double())  # (K, D), (K, D, D)
-        self.eigenvalues = self.eigenvalues.clamp(min=0)
+        rounding = means.shape[1] * torch.finfo(torch.float64).eps * self.eigenvalues.amax(dim=1, keepdim=True)
+        self.eigenvalues = torch.where(self.eigenvalues > rounding, self.eigenvalues, 0.0)  # the others are 0 but for rounding
         weights = torch.ones(len(means)) if weights is None else weights
         self.log_weights = weights.to(means.device).double().log().log_softmax(dim=0)
 

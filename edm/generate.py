@@ -173,3 +173,18 @@ def write_samples(
     if gif:
         pictures.save_gif(folder / "reverse.gif", grids)
         print(f"the reverse process in {folder / 'reverse.gif'}")
+
+
+def export(source: Path, target: Path) -> None:
+    """Write a checkpoint for sampling only: the averaged weights in half precision, step, name and config.
+
+    Raises:
+        UserError: the source cannot be read, its weights do not fit its config, or the target cannot be written.
+    """
+    contents = checkpoint.read(source)
+    denoiser = build_denoiser(checkpoint.read_config(contents, source))
+    checkpoint.load_weights(denoiser, contents["ema"], source)
+    # What is small stays exact: biases, norms, and NCSN++'s frequencies, which half precision would detune.
+    ema = {name: tensor.half() if tensor.ndim > 1 else tensor for name, tensor in denoiser.state_dict().items()}
+    checkpoint.write(target, {**{key: contents[key] for key in ("step", "name", "config")}, "ema": ema})
+    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")

@@ -9,7 +9,7 @@ import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy
@@ -97,8 +97,11 @@ KNOWN = {
 OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2's names, which protocols 0 to 2 use
 
 
-class Unpickler(pickle.Unpickler):
-    """An unpickler of data alone."""
+class Unpickler(pickle._Unpickler):
+    """An unpickler of data alone: Python's own one in Python, since that in C lets a file give state to any object, the
+    functions above included, and makes room for as many remembered objects as a file claims to have."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)  # noqa: RUF012
 
     def find_class(self, module: str, name: str):
         known = f"{OLD_MODULES.get(module, module)}.{name}"
@@ -106,15 +109,29 @@ class Unpickler(pickle.Unpickler):
             raise Refused(f"{module}.{name}")
         return KNOWN[known]
 
+    def load_build(self) -> None:
+        """Give an object its state."""
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Record | NumpyDtype):
+            self.stack[-1].__setstate__(state)
+        elif not isinstance(self.stack[-1], OrderedDict):  # which has no need of the attributes that it may carry
+            raise Refused(f"the state of a {type(self.stack[-1]).__name__}")
 
-def name_in(message: str) -> str:
-    """What PyTorch's own unpickler refused, from its message."""
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+def name_in(message: str) -> str | None:
+    """What PyTorch's own unpickler refused, from its message; None if the file is merely damaged."""
     match = re.search(r"(?:GLOBAL|function|class|type) (\S+)", message)
-    return match[1] if match else "something that is no data"
+    return match[1] if match else None
 
 
 def refusal(path: Path, name: str) -> UserError:
     return UserError(f"{path} is refused: it asks for {name}, which is no data and could run code")
+
+
+def damaged(path: Path) -> UserError:
+    return UserError(f"{path} is damaged, or not a checkpoint of this project")
 
 
 def read_pickle(path: Path) -> dict:
@@ -126,33 +143,42 @@ def read_pickle(path: Path) -> dict:
     try:
         with open(path, "rb") as file:
             contents = Unpickler(file).load()
-        network = contents["ema"]
-        state, name = network.state, network.class_name
-        weights = {name: tensor for name, tensor in tensors(network) if isinstance(tensor, torch.Tensor)}
+        return from_record(contents["ema"], path)
     except Refused as error:
         raise refusal(path, str(error)) from None
     except PermissionError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
+    except UserError:
+        raise
     except Exception:  # a damaged or hostile pickle can make its reader raise anything
-        raise UserError(f"{path} is damaged, or not a checkpoint of this project") from None
-    if str(name).lower() not in FORMULATIONS:
-        raise UserError(f"{path}: unknown network {name!r:.60}; {nearest(str(name), FORMULATIONS)}")
+        raise damaged(path) from None
+
+
+def from_record(network: Record, path: Path) -> dict:
+    """The contents of a checkpoint from the record of a published network."""
+    state, name = network.state, str(network.class_name)
+    if name.lower() not in FORMULATIONS:
+        raise UserError(f"{path}: unknown network {name!r:.60}; {nearest(name, FORMULATIONS)}")
     formulation = FORMULATIONS[name.lower()]
     for field in fields(PRECONDITIONINGS[formulation]):
         if field.name != "sigma_data" and float(state.get(field.name, field.default)) != field.default:
             raise UserError(f"{path}: its {field.name} is {state[field.name]}, and only {field.default} is known here")
-    sigma_data = float(state.get("sigma_data", 0.5))
-    return as_checkpoint(path, weights, formulation, sigma_data)
+    weights = dict(tensors(network, "", set()))
+    options = {**state.get("_init_kwargs", {}), **network.state["_modules"]["model"].state.get("_init_kwargs", {})}
+    return as_checkpoint(path, weights, formulation, state.get("sigma_data", 0.5), options)
 
 
-def tensors(record: Record, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+def tensors(record: Record, prefix: str, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
     """The parameters of a module's record and of those in it, by their full names, and the buffers that the numbers hang on."""
-    yield from ((prefix + name, tensor) for name, tensor in record.state.get("_parameters", {}).items())
-    for name, tensor in record.state.get("_buffers", {}).items():
-        if name in ("freqs", "resample_filter"):
-            yield prefix + name, tensor
+    if id(record) in seen:
+        raise ValueError("a module stands in two places")
+    seen.add(id(record))
+    for kind in ("_parameters", "_buffers"):
+        for name, tensor in record.state.get(kind, {}).items():
+            if tensor is not None and (kind == "_parameters" or name in ("freqs", "resample_filter")):
+                yield prefix + name, tensor
     for name, module in record.state.get("_modules", {}).items():
-        yield from tensors(module, f"{prefix}{name}.")
+        yield from tensors(module, f"{prefix}{name}.", seen)
 
 
 def read_lesson(contents: dict, path: Path) -> dict:
@@ -165,34 +191,52 @@ def read_lesson(contents: dict, path: Path) -> dict:
         UserError: it is something else.
     """
     prefix, weights = "_score_network.", contents["model_state_dict"]
-    if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+    if not isinstance(weights, dict):
         raise UserError(f"{path}: its model_state_dict is not a table of tensors")
     weights = {str(name).removeprefix(prefix): tensor for name, tensor in weights.items() if str(name).startswith(prefix)}
-    found = set(formulations(contents.get("config")))
-    if len(found) > 1:
-        raise UserError(f"{path}: its config names several formulations ({', '.join(sorted(found))}); choose by --config_path")
-    if not found:
-        print(f"{path} does not say how its network is preconditioned; taken as edm")
+    try:
+        entries = list(settings(contents.get("config"), "", set()))
+        found = {formulation for key, value in entries for formulation in formulations(key, value)}
+        sigma_data = next((value for key, value in entries if key == "sigma_data"), 0.5)
+        read = as_checkpoint(path, weights, min(found) if len(found) == 1 else "edm", sigma_data, {})
+    except (OverflowError, RecursionError, TypeError, ValueError):
+        raise damaged(path) from None
+    if len(found) != 1:
+        why = f"names several formulations ({', '.join(sorted(found))})" if found else "does not say how it is preconditioned"
+        print(f"{path} {why}; taken as edm (--config_path can say otherwise)")
     step = contents.get("step", 0)
-    return as_checkpoint(path, weights, *(found or {"edm"}), step=step if isinstance(step, int) and step >= 0 else 0)
+    return {**read, "step": step if isinstance(step, int) and step >= 0 else 0}
 
 
-def formulations(config: object, key: str = "") -> Iterator[str]:
-    """The formulations that a nest of plain values names: "...VPPrecond" anywhere, or "vp" at a key that has to do with it."""
-    if isinstance(config, dict):
-        for inner, value in config.items():
-            yield from formulations(value, str(inner))
-    elif isinstance(config, list | tuple):
-        for value in config:
-            yield from formulations(value, key)
-    elif isinstance(config, str):
-        match = re.search(rf"(?:^|[._])({'|'.join(PRECONDITIONINGS)})_?(precond\w*)?$", config, re.IGNORECASE)
-        if match and (match[2] or re.search("precond|formulation", key, re.IGNORECASE)):
-            yield match[1].lower()
+def settings(config: object, key: str, seen: set[int]) -> Iterator[tuple[str, object]]:
+    """The plain values in a nest of dicts and lists, each with the nearest key above it."""
+    if not isinstance(config, dict | list | tuple):
+        yield key, config
+    elif id(config) not in seen:
+        seen.add(id(config))
+        for inner, value in config.items() if isinstance(config, dict) else ((key, value) for value in config):
+            yield from settings(value, str(inner), seen)
 
 
-def as_checkpoint(path: Path, weights: dict, formulation: str, sigma_data: float = 0.5, step: int = 0) -> dict:
-    """Weights, by their official names, with the config that they imply; the rest of it has its defaults."""
+def formulations(key: str, value: object) -> Iterator[str]:
+    """The formulation that a setting names, if it does: "...VPPrecond" anywhere, or "vp" at a key that has to do with it."""
+    name = value if isinstance(value, str) else ""
+    match = re.search(rf"(?:^|[._])({'|'.join(PRECONDITIONINGS)})_?(precond\w*)?$", name, re.IGNORECASE)
+    if match and (match[2] or re.search("precond|formulation", key, re.IGNORECASE)):
+        yield match[1].lower()
+
+
+def as_checkpoint(path: Path, weights: dict, formulation: str, sigma_data: object, options: dict) -> dict:
+    """Weights, by their official names, with the config that they imply; the rest of it has its defaults.
+
+    Args:
+        options: what the file says of the architecture; the weights must bear it out.
+
+    Raises:
+        UserError: they are of no network known here.
+    """
+    if not all(is_plain(tensor) for tensor in weights.values()):
+        raise UserError(f"{path}: its weights are not a table of tensors of floating-point numbers")
     filters = [tensor for name, tensor in weights.items() if name.endswith("resample_filter")]
     weights = {name: tensor for name, tensor in weights.items() if name.startswith("model.") and "resample_filter" not in name}
     try:
@@ -200,10 +244,25 @@ def as_checkpoint(path: Path, weights: dict, formulation: str, sigma_data: float
     except (KeyError, IndexError, ValueError, ZeroDivisionError):
         raise UserError(f"{path}: its network is none of {', '.join(NETWORKS)}") from None
     taps = len(NETWORKS[network.architecture].Block.taps)
-    if any(kernel.shape[-1] != taps for kernel in filters):
+    if any(kernel.numel() != taps**2 for kernel in filters):
         raise UserError(f"{path}: its resampling filter does not have the {taps} taps of {network.architecture}")
-    config = Config(path.stem, data, network, PreconditioningConfig(formulation, sigma_data))
-    return {"step": step, "name": path.stem, "config": config.to_dict(), "ema": weights}
+    for key in ("model_channels", "channel_mult", "num_blocks"):
+        if key in options and tuple(numpy.atleast_1d(options[key])) != tuple(numpy.atleast_1d(getattr(network, key))):
+            raise UserError(f"{path}: it says {key} {options[key]}, but its weights have {getattr(network, key)}")
+    network = replace(network, dropout=float(options.get("dropout", network.dropout)))
+    config = Config(path.stem, data, network, PreconditioningConfig(formulation, float(sigma_data)))
+    return {"step": 0, "name": path.stem, "config": config.to_dict(), "ema": weights}
+
+
+def is_plain(tensor: object) -> bool:
+    """Whether a value is a tensor of floating-point numbers that are all in memory."""
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.layout == torch.strided
+        and tensor.is_floating_point()
+        and tensor.device.type == "cpu"
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
 
 
 def sizes(weights: dict) -> tuple[DataConfig, NetworkConfig]:

@@ -1,5 +1,6 @@
 """Sampling (the paper's Algorithms 1, 2 and 3): from noise to images along the probability-flow ODE, with or without churn."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -8,6 +9,8 @@ from typing import NamedTuple
 import torch
 
 from edm.schedule import LINEAR, Schedule
+
+SOLVERS = ("heun", "euler")
 
 
 class State(NamedTuple):
@@ -52,12 +55,20 @@ def sample(
 
     Yields:
         The state after each of the N steps; the last one's x holds the images.
+
+    Raises:
+        ValueError: an unknown solver, churn without noise, a noise level that the schedule does not reach.
     """
+    if solver not in SOLVERS or (S_churn > 0 and noise is None):
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, and S_churn above 0 needs noise")
+
+    @functools.cache  # Heun's step ends where the next one begins
+    def moment(t: float) -> tuple[float, ...]:
+        return schedule.sigma(t), schedule.s(t), *schedule.derivatives(t)
 
     def slope(x: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
         """dx/dt (Eq. 4) at x, images and noise scaled by s(t); and the denoised images."""
-        sigma, s = schedule.sigma(t), schedule.s(t)
-        dsigma, ds = schedule.derivatives(t)
+        sigma, s, dsigma, ds = moment(t)
         denoised = denoiser(x / s, sigma, labels).to(x.dtype)
         return (dsigma / sigma + ds / s) * x - dsigma * s / sigma * denoised, denoised
 

@@ -17,8 +17,9 @@ class Schedule:
     """sigma(t) and s(t), with derivatives by automatic differentiation.
 
     Args:
-        sigma: the noise level, rising with t, made of arithmetic and PyTorch functions: `lambda t: torch.tan(t)`.
-        s: the scaling; 1 by default.
+        sigma: the noise level, rising with t from 0 or a little more, made of arithmetic and PyTorch functions, such as
+            `lambda t: torch.tan(t)`. It need not be defined for all t.
+        s: the scaling, above 0 at all times, 0 included; 1 by default.
         sigma_inverse: t where the noise level is sigma; found by bisection where it is not given.
 
     Times and noise levels go in and out as Python numbers; in between the functions see a float64 scalar.
@@ -27,13 +28,13 @@ class Schedule:
     def __init__(self, sigma: Function, s: Function = lambda t: 1.0, sigma_inverse: Function | None = None):
         self.functions = sigma, s
         self.sigma_inverse = sigma_inverse
-        remembered = functools.lru_cache(maxsize=10_000)  # batch after batch asks for the same times
-        self.t, self.derivatives = remembered(self.t), remembered(self.derivatives)
 
     def sigma(self, t: float) -> float:
+        """The noise level at time t."""
         return float(self.functions[0](torch.tensor(t, dtype=torch.float64)))
 
     def s(self, t: float) -> float:
+        """The scaling at time t."""
         return float(self.functions[1](torch.tensor(t, dtype=torch.float64)))
 
     def derivatives(self, t: float) -> tuple[float, float]:
@@ -41,8 +42,12 @@ class Schedule:
 
         Raises:
             TypeError: a function leaves PyTorch on the way (math.sqrt, say), so that it cannot be differentiated.
+            ValueError: sigma(t) does not rise.
         """
-        return derivative(self.functions[0], t), derivative(self.functions[1], t)
+        dsigma, ds = (derivative(function, t) for function in self.functions)
+        if not dsigma > 0:
+            raise ValueError(f"sigma(t) must rise with t; at {t:g} its derivative is {dsigma:g}")
+        return dsigma, ds
 
     def t(self, sigma: float) -> float:
         """The time at which the noise level is sigma. sigma(t) = 0 has t = 0, or t = -inf if sigma(0) is above 0.
@@ -52,16 +57,21 @@ class Schedule:
         """
         if sigma == 0:
             return 0.0 if self.sigma(0.0) == 0 else -math.inf
-        if self.sigma_inverse is not None:
-            return float(self.sigma_inverse(torch.tensor(sigma, dtype=torch.float64)))
-        return bisect(self.sigma, sigma)
+        if self.sigma_inverse is None:
+            return bisect(self.sigma, sigma)
+        t = float(self.sigma_inverse(torch.tensor(sigma, dtype=torch.float64)))
+        if not math.isfinite(t):
+            raise ValueError(f"the schedule has no time at which the noise level is {sigma:g}")
+        return t
 
 
 class Time(torch.Tensor):
     """A tensor that refuses to become a number, since a number has no derivative."""
 
-    def __float__(self):
+    def refuse(self, *args, **kwargs):
         raise TypeError("sigma(t) and s(t) cannot be differentiated through Python's numbers; use torch.sqrt for math.sqrt")
+
+    __float__ = __int__ = __array__ = item = tolist = numpy = detach = refuse
 
 
 def derivative(function: Function, t: float) -> float:
@@ -75,20 +85,25 @@ def derivative(function: Function, t: float) -> float:
 
 
 def bisect(function: Callable[[float], float], target: float) -> float:
-    """t with function(t) = target, for a rising function, to the last bit.
+    """t with function(t) = target, to the last bit, for a function that rises as far as it is defined.
 
     Raises:
-        ValueError: none is found between -2^40 and 2^40.
+        ValueError: there is none.
     """
-    low, high, reach = 0.0, 1.0, 2.0**40
-    while not function(high) >= target and high < reach:
-        low, high = high, 2 * high
+    low, high, reach = 0.0, 2.0**-30, 2.0**1000
+
+    def beyond(t: float) -> bool:
+        """Whether t is past the target; to have fallen, or to be no number, is to have left the function's domain."""
+        return not function(low) <= function(t) < target
+
     while function(low) > target and low > -reach:
         low, high = 2 * low - 1, low
-    if not function(low) <= target <= function(high):
-        raise ValueError(f"no time was found at which the noise level is {target:g}: sigma(t) must rise through it")
+    while not beyond(high) and high < reach:
+        low, high = high, 2 * high
     while low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if function(middle) < target else (low, middle)
+        low, high = (low, middle) if beyond(middle) else (middle, high)
+    if not math.isclose(function(high), target, rel_tol=1e-6):
+        raise ValueError(f"no time was found at which the noise level is {target:g}: sigma(t) must rise through it")
     return high
 
 
@@ -100,10 +115,13 @@ class VP:
     beta_min: float = 0.1
 
     def sigma(self, t: torch.Tensor) -> torch.Tensor:
+        """The noise level at time t."""
         return torch.expm1(self.beta_d * t**2 / 2 + self.beta_min * t).sqrt()
 
     def inverse(self, sigma: torch.Tensor) -> torch.Tensor:
-        log = torch.log1p(sigma**2)  # the quadratic's root below, in the form that loses no digits
+        """The time t, the positive root of beta_d t^2 / 2 + beta_min t = ln(1 + sigma^2)."""
+        log = torch.log1p(sigma**2)
+        # The usual formula would lose digits as the difference of near numbers.
         return 2 * log / (self.beta_min + (self.beta_min**2 + 2 * self.beta_d * log).sqrt())
 
     @classmethod
@@ -171,12 +189,13 @@ def iddpm_levels(
     return torch.tensor(u[::-1], dtype=dtype, device=device)
 
 
-def fractions(num_steps: int) -> torch.Tensor:
-    """i / (N - 1) for i = 0 .. N - 1; a single 0 for N = 1."""
-    return torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
+def fractions(num_steps: int, whole: int = 1) -> torch.Tensor:
+    """whole i / (N - 1) for i = 0 .. N - 1; a single 0 for N = 1."""
+    return torch.arange(num_steps, dtype=torch.float64) * whole / max(num_steps - 1, 1)
 
 
 def then_zero(sigma: torch.Tensor) -> torch.Tensor:
+    """The noise levels, and 0 after them."""
     return torch.cat([sigma, torch.zeros(1, dtype=torch.float64)])
 
 
@@ -192,7 +211,8 @@ def edm_steps(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0,
         (num_steps + 1,) in float64, on the CPU; so do the other discretisations.
     """
     ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return then_zero((ends[0] + fractions(num_steps) * (ends[1] - ends[0])) ** rho)
+    fraction = fractions(num_steps)
+    return then_zero(((1 - fraction) * ends[0] + fraction * ends[1]) ** rho)
 
 
 def vp_steps(num_steps: int, sigma_min: float, sigma_max: float, epsilon_s: float = 1e-3) -> torch.Tensor:
@@ -216,7 +236,7 @@ def iddpm_steps(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 81.
     u = u[(u >= sigma_min) & (u <= sigma_max)]
     if num_steps > len(u):
         raise ValueError(f"iDDPM has {len(u)} noise levels from {sigma_min:g} to {sigma_max:g}, too few for {num_steps} steps")
-    return then_zero(u[((len(u) - 1) * fractions(num_steps)).round().long()])
+    return then_zero(u[fractions(num_steps, whole=len(u) - 1).round().long()])
 
 
 DISCRETIZATIONS = {"edm": edm_steps, "vp": vp_steps, "ve": ve_steps, "iddpm": iddpm_steps}
@@ -242,7 +262,7 @@ def table_1(
     """The sampling choices of Table 1 by their names.
 
     Args:
-        num_steps: N.
+        num_steps: N, at least 1.
         discretization, schedule, scaling: names in `DISCRETIZATIONS`, `SCHEDULES` and `SCALINGS`.
         sigma_min, sigma_max: the range of noise levels; None is the discretisation's own.
         rho: of EDM's discretisation.

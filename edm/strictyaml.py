@@ -8,7 +8,7 @@ from edm.errors import UserError
 
 
 class StrictLoader(yaml.SafeLoader):
-    """No aliases, which can grow without bound, no tags, no key twice; and no or off are words, 1e-4 is a number."""
+    """No aliases, which can grow without bound, no tags, no key twice; and no or off are words, 1e-4 and inf are numbers."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
@@ -35,7 +35,7 @@ class StrictLoader(yaml.SafeLoader):
 # YAML 1.1, which PyYAML reads, takes 1e-4 for a word (it wants a dot and a sign), and no and off for false.
 StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"([-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+|inf)$"), list("-+.0123456789i")
 )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference import assert_close
 
-from edm.augment import NUM_LABELS, Transformation, augment
+from edm.augment import NUM_LABELS, Transformation, antialiased, augment
 
 IMAGES = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -81,6 +81,10 @@ def test_shrinking_is_anti_aliased_and_enlarging_leaves_no_blur():
     stripes = (torch.arange(64) // 2 % 2 * 2 - 1).float().expand(1, 1, 64, 64)
     shrunk = transformation(1, zoom=-7.0).apply(stripes)[..., 24:40, 24:40]
     assert shrunk.abs().max() < 0.3
+    for zoom, least, most in ((-1.0, 0.5, 0.8), (-2.5, 0.1, 0.35)):  # stripes of one pixel: exp(-pi^2 (4^(-0.2 w) - 1) / 8)
+        fine = (torch.arange(64) % 2 * 2 - 1).float().expand(1, 1, 64, 64)
+        smooth = antialiased(fine, transformation(1, zoom=zoom).backward_map())
+        assert least < smooth[..., 24:40, 24:40].abs().max() < most
     enlarged = transformation(1, zoom=5.0).apply(stripes)[..., 8:-8, 8:-8]
     assert enlarged.abs().mean() > 0.75
 
@@ -120,6 +124,15 @@ def test_colours_stay_in_range_and_images_do_not_mix():
     one = Transformation(**{name: getattr(drawn, name)[5:6] for name in Transformation.__dataclass_fields__})
     assert_close(one.apply(noise[5:6]), images[5:6].tolist(), 1e-5)
     assert_close(drawn.apply(torch.ones(64, 1, 16, 16)), torch.ones(64, 1, 16, 16).tolist(), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_images_of_any_shape_and_precision(dtype):
+    images = torch.rand(1, 2, 5, 9, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    shifted = transformation(1, shift=[8 / 9, 8 / 5]).apply(images)
+    assert shifted.dtype == dtype
+    assert_close(shifted[:, :, 1:, 1:], images[:, :, :-1, :-1].tolist(), 1e-5)
+    assert transformation(1, angle=1.0).apply(images[:, :, :2, :2]).shape == (1, 2, 2, 2)
 
 
 def test_resampling_is_differentiable():

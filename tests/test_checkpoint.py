@@ -110,16 +110,6 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(path):
     assert len(list(path.parent.iterdir())) == 1
 
 
-def test_exports_hold_the_average_in_half_precision_but_for_what_is_small(tmp_path):
-    ema = {"conv.weight": torch.linspace(0, 1, 6).reshape(2, 3), "map_noise.freqs": torch.linspace(0, 50, 7)}
-    checkpoint.write(tmp_path / "large.pt", {**CONTENTS, "ema": ema, "net": ema})
-    checkpoint.export(tmp_path / "large.pt", tmp_path / "small.pt")
-    contents = checkpoint.read(tmp_path / "small.pt")
-    assert contents.keys() == CONTENTS.keys()
-    assert contents["ema"]["conv.weight"].dtype == torch.float16
-    assert torch.equal(contents["ema"]["map_noise.freqs"], ema["map_noise.freqs"])
-
-
 def test_weights_of_another_network_are_refused_by_name():
     net = nn.Linear(2, 3)
     with pytest.raises(UserError, match=r"weight is \(3, 4\) there and \(3, 2\) here"):

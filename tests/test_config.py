@@ -2,9 +2,11 @@
 
 import dataclasses
 import importlib
+import math
 import re
 
 import pytest
+import torch
 from conftest import ROOT
 
 from edm import config as configs
@@ -89,6 +91,15 @@ def test_the_readme_names_a_function_for_every_cell_of_table_1():
     assert all(f"`{choice}`" in section for table in tables for choice in table)
 
 
+def test_the_readmes_python_runs_as_it_stands():
+    """The schedule of one's own samples the images of the data set."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    nearest = torch.cdist(names["images"].flatten(1), names["denoiser"].images.flatten(1)).min(dim=1).values
+    assert nearest.max() < 1e-3
+
+
 def test_a_config_survives_the_round_trip_through_a_checkpoint():
     config = configs.load(ROOT / "configs/edm_cond.yaml", ["network.channel_mult=[1, 2]", "training.max_grad_norm=1"])
     assert configs.from_dict(config.to_dict(), "edm_cond", "checkpoint") == config
@@ -108,6 +119,11 @@ def test_no_is_a_word(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("training:\n  mixed_precision: no\n")
     assert configs.load(path).training.mixed_precision == "no"
+
+
+def test_infinity_as_people_write_it(tmp_path):
+    for text in ("inf", ".inf"):
+        assert configs.from_dict({}, "x", "x", [f"sampler.S_max={text}"]).sampler.S_max == math.inf
 
 
 def test_text_entries_are_taken_as_they_stand():
@@ -158,6 +174,7 @@ BAD_OVERRIDES = {
     [
         ("discretization: iddpm, sampling_steps: 2000", "noise levels from 0.002 to 81, too few for 2000 steps"),
         ("schedule: vp, sigma_min: 20", "no VP schedule rises from 20 to 80"),
+        ("schedule: vp, sigma_min: 0.12, S_churn: 40", "the schedule has no time at which the noise level is 113.137"),
         ("discretization: vp, sigma_max: 0.5, sigma_min: 0.4", "no VP schedule rises from 0.4 to 0.5"),
     ],
 )

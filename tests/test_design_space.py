@@ -160,6 +160,12 @@ def test_every_schedule_leads_to_the_same_images(name):
         assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.15)
 
 
+@pytest.mark.parametrize("name", ["geometric", "exponential"])
+def test_where_sigma_never_reaches_0_the_last_step_is_to_the_denoised_image(name):
+    *_, state = sample(GAUSSIAN, LATENTS, edm_steps(5), schedule=OWN[name])
+    assert torch.equal(state.x, state.denoised)
+
+
 def smirnov(a: torch.Tensor, b: torch.Tensor) -> float:
     """The largest difference between the empirical distribution functions of two samples of n numbers."""
     order = torch.cat([a, b]).argsort()

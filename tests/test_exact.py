@@ -35,6 +35,15 @@ def test_the_density_is_that_of_pytorch():
     assert_close(mixture.log_density(x, 0.7), expected.tolist())
 
 
+def test_a_singular_covariance_leaves_no_freedom_across_it():
+    """Data on a line: at little noise, D is the nearest point of the line, however little."""
+    direction = torch.tensor([0.6, 0.8], dtype=torch.float64)
+    line = GaussianMixture(torch.zeros(1, 2), torch.outer(direction, direction)[None])
+    x = torch.tensor([1.0, 2.0], dtype=torch.float64).reshape(1, 1, 1, 2)
+    for sigma in (1e-3, 1e-6, 1e-8):
+        torch.testing.assert_close(line(x, sigma).flatten(), direction * 2.2, atol=1e-5, rtol=0)
+
+
 def test_the_mixture_of_the_reference_numbers():
     """Every pixel is N(+-0.5, 0.2^2): a mixture of one pixel, applied to each pixel on its own."""
     mixture = GaussianMixture(torch.tensor([[-0.5], [0.5]]), torch.full((2, 1, 1), 0.2, dtype=torch.float64) ** 2)

@@ -97,6 +97,13 @@ def test_new_adm_is_zero_and_has_the_initial_weights_that_it_should():
             assert parameter.std().item() == pytest.approx((3 * fan_in) ** -0.5, rel=0.15)
 
 
+def test_fourier_frequencies_are_drawn_with_a_deviation_of_16():
+    torch.manual_seed(0)
+    net = NCSNpp(8, 1, model_channels=256, channel_mult=(1,), num_blocks=1)
+    assert net.map_noise.freqs.shape == (256,)
+    assert net.map_noise.freqs.std().item() == pytest.approx(16, rel=0.15)
+
+
 def test_xavier_initialisation_counts_the_kernel():
     torch.manual_seed(0)
     block = DDPMpp(16, 1, model_channels=32, channel_mult=(1, 4), num_blocks=1).dec["8x8_in0"]

@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import sys
+import time
 import types
 from collections import OrderedDict
 
@@ -15,7 +16,7 @@ from reference import assert_close, wave
 from test_network import CASES, reference_net
 from torch import nn
 
-from edm import checkpoint
+from edm import checkpoint, published
 from edm.errors import UserError
 from edm.generate import build_denoiser
 
@@ -105,7 +106,7 @@ def test_a_lessons_checkpoint_gives_the_numbers(case, tmp_path, capsys):
     assert capsys.readouterr().out == ""
     torch.save({"model_state_dict": weights}, tmp_path / "silent.pt")
     assert checkpoint.read(tmp_path / "silent.pt")["config"]["preconditioning"]["formulation"] == "edm"
-    assert "does not say how its network is preconditioned; taken as edm" in capsys.readouterr().out
+    assert "does not say how it is preconditioned; taken as edm" in capsys.readouterr().out
 
 
 def test_sampling_and_exporting(script, tmp_path):
@@ -114,8 +115,10 @@ def test_sampling_and_exporting(script, tmp_path):
     assert (code, err.count("Traceback")) == (0, 0)
     assert (tmp_path / "output/image/image_folder/sample/edm-tiny-cond-vp/grid.png").exists()
     assert script("sample.py", "--checkpoint", path, "--export", "small.pt")[0] == 0
-    small = torch.load(tmp_path / "small.pt", weights_only=True)
+    small, large = torch.load(tmp_path / "small.pt", weights_only=True), checkpoint.read(path)
     assert small["config"]["network"]["label_dim"] == 10
+    for name, tensor in large["ema"].items():
+        assert torch.equal(small["ema"][name], tensor.half() if tensor.ndim > 1 else tensor)
     assert script("sample.py", "--checkpoint", "small.pt", "--num_samples", 2, "--sampling_steps", 2)[0] == 0
 
 
@@ -174,6 +177,93 @@ def test_a_bare_hostile_pickle_and_one_in_a_tensors_state_are_refused(tmp_path):
             checkpoint.read(tmp_path / "hostile.pkl")
 
 
+def crafted(*opcodes: bytes) -> bytes:
+    return pickle.PROTO + b"\x02" + b"".join(opcodes) + pickle.STOP
+
+
+WRAPPER = b"ctorch_utils.persistence\n_reconstruct_persistent_obj\n"
+STATE = {
+    "a function": crafted(WRAPPER, b"}", b"U\x04evil", b"K\x01", b"s", b"b"),
+    "a class": crafted(b"cnumpy\ndtype\n", b"}", b"U\x04evil", b"K\x01", b"s", b"b"),
+    "a tensor": pickle.dumps(torch.zeros(4))[:-1] + b"(K\x01K\x02tb.",
+}
+
+
+@pytest.mark.parametrize("name", STATE)
+def test_only_records_are_given_state(name, tmp_path):
+    """A tensor's own way of taking a state would let it read memory that is not its own."""
+    (tmp_path / "x.pkl").write_bytes(STATE[name])
+    with pytest.raises(UserError, match="is refused: it asks for the state of a"):
+        checkpoint.read(tmp_path / "x.pkl")
+    assert not hasattr(published.persistent_object, "evil")
+    assert not hasattr(published.NumpyDtype, "evil")
+
+
+def test_small_files_cannot_take_long(tmp_path):
+    """Modules that hold each other twice, 60 levels deep; a memo of 2^28 places; a config that holds itself."""
+    module = Persistent("Layer", {"_parameters": {}})
+    for _ in range(60):
+        module = Persistent("EDMPrecond", {"_modules": OrderedDict(a=module, b=module)})
+    (tmp_path / "deep.pkl").write_bytes(pickle.dumps({"ema": module}))
+    (tmp_path / "memo.pkl").write_bytes(crafted(b"}", b"r" + (2**28).to_bytes(4, "little")))
+    config = [1]
+    for _ in range(60):
+        config = [config, config]
+    config[0].append(config)
+    torch.save({"model_state_dict": {}, "config": config}, tmp_path / "lesson.pt")
+    began = time.monotonic()
+    for name in ("deep.pkl", "memo.pkl"):
+        with pytest.raises(UserError, match="is damaged"):
+            checkpoint.read(tmp_path / name)
+    with pytest.raises(UserError, match="none of"):
+        checkpoint.read(tmp_path / "lesson.pt")
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sigma_data": None},
+        {"sigma_data": "x"},
+        {"class_name": "VPPrecond", "beta_d": None},
+        {"class_name": "VPPrecond", "M": 10**400},
+    ],
+)
+def test_odd_attributes_end_in_one_line(change, tmp_path):
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.read(authors_file(tmp_path / "network.pkl", CASES[0], **change))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(3).to_sparse(),
+        torch.zeros(3, device="meta"),
+        torch.zeros(3, dtype=torch.complex64),
+        torch.zeros(1).expand(2**40),
+    ],
+    ids=["sparse", "meta", "complex", "expanded"],
+)
+def test_odd_tensors_end_in_one_line(tensor, tmp_path):
+    torch.save({"model_state_dict": {"_score_network.model.out_conv.weight": tensor}}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="not a table of tensors"):
+        checkpoint.read(tmp_path / "x.pt")
+    torch.save({"step": 1, "name": "x", "config": {}, "ema": {"weight": tensor}}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="its ema is not a table of tensors"):
+        checkpoint.read(tmp_path / "x.pt")
+
+
+def test_what_the_file_says_of_itself_is_kept_or_must_be_so(tmp_path):
+    contents = checkpoint.read(authors_file(tmp_path / "network.pkl", CASES[0], sigma_data=0.3))
+    assert contents["config"]["preconditioning"]["sigma_data"] == 0.3
+    assert contents["config"]["network"]["dropout"] == 0.1
+    with pytest.raises(UserError, match=r"it says channel_mult \[1, 4\], but its weights have \(1, 2\)"):
+        checkpoint.read(authors_file(tmp_path / "network.pkl", CASES[0], _init_kwargs={"channel_mult": [1, 4]}))
+    weights = {f"_score_network.{name}": tensor for name, tensor in reference_net(CASES[0]).state_dict().items()}
+    torch.save({"model_state_dict": weights, "config": {"a": [{"sigma_data": 0.25}, "x.EDMPrecond"]}}, tmp_path / "x.pt")
+    assert checkpoint.read(tmp_path / "x.pt")["config"]["preconditioning"]["sigma_data"] == 0.25
+
+
 @pytest.mark.parametrize("keep", [1, 100, -1, -1000])
 def test_truncated_pickles_are_recognised(keep, tmp_path):
     path = authors_file(tmp_path / "network.pkl", CASES[0])
@@ -205,17 +295,17 @@ def test_networks_of_another_kind_are_refused(change, message, tmp_path):
         checkpoint.read(authors_file(tmp_path / "network.pkl", CASES[0], **change))
 
 
-def test_other_weights_are_refused(tmp_path):
+def test_other_weights_are_refused(tmp_path, capsys):
     torch.save({"model_state_dict": {"_score_network.model.weight": torch.zeros(3)}}, tmp_path / "x.pt")
     with pytest.raises(UserError, match="its network is none of ddpmpp, ncsnpp, adm"):
         checkpoint.read(tmp_path / "x.pt")
     torch.save({"model_state_dict": {"_score_network.model.weight": 3}}, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="its model_state_dict is not a table of tensors"):
+    with pytest.raises(UserError, match="its weights are not a table of tensors"):
         checkpoint.read(tmp_path / "x.pt")
     weights = {f"_score_network.{name}": tensor for name, tensor in reference_net(CASES[0]).state_dict().items()}
     torch.save({"model_state_dict": weights, "config": ["VPPrecond", {"preconditioning": "edm"}]}, tmp_path / "x.pt")
-    with pytest.raises(UserError, match=r"several formulations \(edm, vp\)"):
-        checkpoint.read(tmp_path / "x.pt")
+    checkpoint.read(tmp_path / "x.pt")
+    assert "names several formulations (edm, vp); taken as edm" in capsys.readouterr().out
     weights["_score_network.model.enc.8x8_down.conv0.resample_filter"] = torch.ones(1, 1, 4, 4)
     torch.save({"model_state_dict": weights, "config": {}}, tmp_path / "x.pt")
     with pytest.raises(UserError, match="does not have the 2 taps of ddpmpp"):

@@ -89,6 +89,12 @@ def test_churn_stays_between_S_min_and_S_max():
     assert seen[0] == pytest.approx(80 * math.sqrt(2))  # gamma is at most sqrt(2) - 1
 
 
+def test_bad_calls_are_errors():
+    for options in ({"solver": "Heun"}, {"S_churn": 1.0}):
+        with pytest.raises(ValueError, match="solver must be one of heun, euler, and S_churn above 0 needs noise"):
+            next(sample(two_peaks, torch.zeros(1, 1, 2, 2), edm_steps(3), **options))
+
+
 def test_an_image_depends_on_its_seed_alone():
     latents = ImageNoise([3, 5, 7], (1, 4, 4), torch.device("cpu"), torch.float64)
     alone = ImageNoise([5], (1, 4, 4), torch.device("cpu"), torch.float64)

@@ -68,24 +68,40 @@ def test_derivatives_are_taken_in_spite_of_the_sampler_asking_for_none():
         (lambda t: torch.tan(math.pi / 2 * t), 80.0, 2 / math.pi * math.atan(80)),  # infinite at t = 1
         (lambda t: t if t < 1 else t**2, 80.0, 80**0.5),
         (lambda t: 1e-3 * t, 80.0, 80_000.0),
+        (lambda t: torch.tan(t), 80.0, math.atan(80)),  # domains that end elsewhere
+        (lambda t: torch.tan(4 * t), 80.0, math.atan(80) / 4),
+        (lambda t: torch.tan(math.pi / 2000 * t), 80.0, 2000 / math.pi * math.atan(80)),
+        (lambda t: t / (3 - t), 80.0, 240 / 81),
+        (lambda t: torch.sqrt(t / (0.5 - t)), 80.0, 3200 / 6401),
+        (lambda t: 90 * torch.asin(t / 0.8), 80.0, 0.8 * math.sin(8 / 9)),
+        (lambda t: torch.log1p(t), 80.0, math.expm1(80)),
     ],
 )
 def test_bisection_finds_times_to_the_last_digits(function, target, t):
-    assert Schedule(function).t(target) == pytest.approx(t, rel=1e-14)
+    assert Schedule(function).t(target) == pytest.approx(t, rel=1e-13)
 
 
-@pytest.mark.parametrize("function", [lambda t: 1 / (1 + t), lambda t: torch.tanh(t), lambda t: t * math.nan])
+@pytest.mark.parametrize(
+    "function", [lambda t: 1 / (1 + t), lambda t: torch.tanh(t), lambda t: t * math.nan, lambda t: 9.0 * (t > 1)]
+)
 def test_a_noise_level_that_is_never_reached_is_an_error(function):
     with pytest.raises(ValueError, match="no time was found at which the noise level is 5"):
         Schedule(function).t(5.0)
 
 
 def test_a_function_that_leaves_pytorch_is_an_error_and_not_a_wrong_derivative():
-    for function in (lambda t: math.sqrt(t), lambda t: t * math.sqrt(t)):
+    for function in (
+        lambda t: math.sqrt(t),
+        lambda t: t * math.sqrt(t),
+        lambda t: torch.tensor(t.item()),
+        lambda t: t.detach(),
+    ):
         assert Schedule(function).sigma(4.0) > 0
         with pytest.raises(TypeError, match=r"use torch\.sqrt"):
             Schedule(function).derivatives(4.0)
     assert Schedule(lambda t: t, lambda t: 2).derivatives(4.0) == (1, 0)
+    with pytest.raises(ValueError, match=r"sigma\(t\) must rise with t; at 4 its derivative is -1"):
+        Schedule(lambda t: 9 - t).derivatives(4.0)
 
 
 def test_edm_steps_are_equation_5():
@@ -96,6 +112,8 @@ def test_edm_steps_are_equation_5():
     assert (steps.diff() < 0).all()
     assert_close(edm_steps(5, 1.0, 5.0, rho=1), [5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
     assert_close(edm_steps(3, 1.0, 9.0, rho=2), [9.0, 4.0, 1.0, 0.0])
+    for rho in (0.1, 0.2, 0.4, 1000):
+        assert edm_steps(18, rho=rho)[-2].item() == pytest.approx(0.002, rel=1e-9)
 
 
 def test_vp_steps_are_evenly_spaced_in_time_and_ve_steps_in_the_logarithm():
