@@ -19,7 +19,7 @@ from edm.loss import NOISE_DISTRIBUTIONS, WEIGHTINGS
 from edm.precond import PRECONDITIONINGS, Preconditioning
 from edm.sampler import SOLVERS
 from edm.schedule import DISCRETIZATIONS, SCALINGS, SCHEDULES, Schedule, table_1
-from edm.schema import check, describe, number, one_of
+from edm.schema import describe, number, one_of, read_section
 from edm.strictyaml import parse_yaml
 from edm.unet import NETWORKS
 
@@ -192,7 +192,9 @@ def from_dict(values: object, name: str, source: str, overrides: Iterable[str] =
     for override in overrides:
         section, key, value = parse_override(override)
         sections.setdefault(section, {})[key] = (value, "command line")
-    config = Config(name, **{section: read_section(section, entries) for section, entries in sections.items()})
+    config = Config(
+        name, **{section: read_section(section, SECTIONS[section], entries) for section, entries in sections.items()}
+    )
     check_combinations(config, source)
     return config
 
@@ -210,19 +212,6 @@ def parse_override(override: str) -> tuple[str, str, object]:
     if typing.get_type_hints(SECTIONS[section]).get(key) is str:
         return section, key, text  # as it stands: a folder may be called 5, or no
     return section, key, parse_yaml(text, f"command line: {path}")
-
-
-def read_section(section: str, entries: dict):
-    """Check the entries {key: (value, source)} of one section and make its dataclass."""
-    fields = {f.name: f for f in dataclasses.fields(SECTIONS[section])}
-    hints = typing.get_type_hints(SECTIONS[section])
-    checked = {}
-    for key, (value, source) in entries.items():
-        where = f"{source}: {section}.{key}"
-        if key not in fields:
-            raise UserError(f"{where}: unknown key; {nearest(f'{section}.{key}', (f'{section}.{name}' for name in fields))}")
-        checked[key] = check(value, hints[key], fields[key].metadata, where)
-    return SECTIONS[section](**checked)
 
 
 def chosen(table: dict[str, type], name: str, section: object):
@@ -253,8 +242,9 @@ def sampling_plan(config: Config) -> tuple[torch.Tensor, Schedule]:
         sampler.rho,
         supported=(formulation.sigma_min, formulation.sigma_max),
     )
-    if sampler.S_churn > 0:
-        schedule.t(sigma_steps[0].item() * math.sqrt(2))  # the highest noise level that churn can ask for
+    if sampler.S_churn > 0:  # the highest noise level that it can ask for must be one of the schedule's
+        gamma = min(sampler.S_churn / sampler.sampling_steps, math.sqrt(2) - 1)
+        schedule.t((1 + gamma) * min(sigma_steps[0].item(), max(sampler.S_max, sigma_steps[-2].item())))
     return sigma_steps, schedule
 
 
@@ -268,10 +258,7 @@ def check_combinations(config: Config, source: str) -> None:
     if data.channels == 2:
         refuse("data.channels", "2 is neither 1 (grey) nor 3 (colour)")
     if data.dataset in ("mnist", "fashion_mnist") and data.resolution < 28:
-        refuse(
-            "data.resolution",
-            f"{data.dataset} images have 28 pixels and are padded, never shrunk; at least 28 is allowed",
-        )
+        refuse("data.resolution", f"{data.dataset} images have 28 pixels and are padded, never shrunk; at least 28 is allowed")
     if data.dataset == "cifar10" and data.resolution != 32:
         refuse("data.resolution", f"cifar10 images have 32 pixels, not {data.resolution}")
     if not network.channel_mult:
@@ -299,10 +286,7 @@ def check_combinations(config: Config, source: str) -> None:
             f"above 0 needs network.augment_dim={NUM_LABELS}; a network that is not told of the augmentation would copy it",
         )
     if training.batch_size % training.accumulation:
-        refuse(
-            "training.accumulation",
-            f"{training.accumulation} does not divide training.batch_size {training.batch_size}",
-        )
+        refuse("training.accumulation", f"{training.accumulation} does not divide training.batch_size {training.batch_size}")
     try:
         sampling_plan(config)
     except ValueError as error:

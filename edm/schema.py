@@ -1,10 +1,10 @@
 """What a config entry may be: its choices and bounds stand beside it, in its dataclass field's metadata."""
 
+import dataclasses
 import math
 import operator
 import types
 import typing
-from dataclasses import field
 
 from edm.errors import UserError, nearest
 
@@ -12,12 +12,25 @@ BOUNDS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le,
 
 
 def one_of(default: str, *names: str):
-    return field(default=default, metadata={"choices": names})
+    return dataclasses.field(default=default, metadata={"choices": names})
 
 
 def number(default, **bounds: float):
     """A number or a list of them, `above`, `at_least`, `at_most` or `below` its bounds; finite unless at_most is infinite."""
-    return field(default=default, metadata=bounds)
+    return dataclasses.field(default=default, metadata=bounds)
+
+
+def read_section(section: str, kind: type, entries: dict):
+    """Check the entries {key: (value, source)} of one section and make its dataclass."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    checked = {}
+    for key, (value, source) in entries.items():
+        where = f"{source}: {section}.{key}"
+        if key not in fields:
+            raise UserError(f"{where}: unknown key; {nearest(f'{section}.{key}', (f'{section}.{name}' for name in fields))}")
+        checked[key] = check(value, hints[key], fields[key].metadata, where)
+    return kind(**checked)
 
 
 def check(value: object, kind: type, bounds: dict, where: str):
