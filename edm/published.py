@@ -55,11 +55,13 @@ def storage_from_bytes(data: bytes) -> torch.Tensor:
     try:
         storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise Refused(name_in(str(error))) from None
+        refused = name_in(str(error))
+        raise (Refused(refused) if refused else ValueError("damaged")) from None
     return torch.tensor([], dtype=storage.dtype).set_(storage)
 
 
 def tensor_from_storage(storage: torch.Tensor, offset: int, size: tuple, stride: tuple, *ignored: object) -> torch.Tensor:
+    """A view of the storage, which must hold all of it."""
     return storage.as_strided(size, stride, offset)
 
 
@@ -76,6 +78,7 @@ class NumpyDtype:
 
 
 def numpy_scalar(dtype: NumpyDtype, data: bytes) -> float | int | bool:
+    """A NumPy number as Python's."""
     return numpy.frombuffer(data, dtype.dtype)[0].item()
 
 

@@ -166,6 +166,13 @@ def test_hostile_pickles_are_refused_by_name_and_nothing_runs(name, protocol, sc
     assert out == ""
 
 
+def test_a_damaged_storage_is_damage_and_no_attack(tmp_path):
+    for data in (b"", b"PK\x03\x04", torch_saved(torch.zeros(3))[:50]):
+        (tmp_path / "x.pkl").write_bytes(pickle.dumps({"ema": Call(torch.storage._load_from_bytes, data)}))
+        with pytest.raises(UserError, match="is damaged"):
+            checkpoint.read(tmp_path / "x.pkl")
+
+
 def test_a_bare_hostile_pickle_and_one_in_a_tensors_state_are_refused(tmp_path):
     for contents in (
         Call(os.system, "true"),
