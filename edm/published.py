@@ -5,14 +5,15 @@ the authors' own objects, which carry their source code with them, into records 
 """
 
 import io
+import math
 import pickle
 import re
+import struct
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
-import numpy
 import torch
 
 from edm.config import Config, DataConfig, NetworkConfig, PreconditioningConfig
@@ -65,21 +66,25 @@ def tensor_from_storage(storage: torch.Tensor, offset: int, size: tuple, stride:
     return storage.as_strided(size, stride, offset)
 
 
+NUMBERS = {f"{kind}{1 << size}": code for kind, codes in (("i", "bhiq"), ("u", "BHIQ")) for size, code in enumerate(codes)}
+NUMBERS |= {"b1": "?", "f2": "e", "f4": "f", "f8": "d"}  # NumPy's names of types, and struct's
+
+
 class NumpyDtype:
     """A NumPy type of plain numbers."""
 
     def __init__(self, name: str, *ignored: object):
-        if not re.fullmatch(r"[biuf][1248]", name):
+        if name not in NUMBERS:
             raise Refused(f"numpy.dtype({name!r})")
-        self.dtype = numpy.dtype(name)
+        self.code, self.byte_order = NUMBERS[name], "<"
 
     def __setstate__(self, state: tuple) -> None:
-        self.dtype = self.dtype.newbyteorder(state[1])
+        self.byte_order = ">" if state[1] == ">" else "<"
 
 
 def numpy_scalar(dtype: NumpyDtype, data: bytes) -> float | int | bool:
     """A NumPy number as Python's."""
-    return numpy.frombuffer(data, dtype.dtype)[0].item()
+    return struct.unpack(dtype.byte_order + dtype.code, data)[0]
 
 
 KNOWN = {
@@ -164,8 +169,9 @@ def from_record(network: Record, path: Path) -> dict:
         raise UserError(f"{path}: unknown network {name!r:.60}; {nearest(name, FORMULATIONS)}")
     formulation = FORMULATIONS[name.lower()]
     for field in fields(PRECONDITIONINGS[formulation]):
-        if field.name != "sigma_data" and float(state.get(field.name, field.default)) != field.default:
-            raise UserError(f"{path}: its {field.name} is {state[field.name]}, and only {field.default} is known here")
+        value = state.get(field.name, field.default)
+        if field.name != "sigma_data" and not math.isclose(value, field.default, rel_tol=1e-6):
+            raise UserError(f"{path}: its {field.name} is {value}, and only {field.default} is known here")
     weights = dict(tensors(network, "", set()))
     options = {**state.get("_init_kwargs", {}), **network.state["_modules"]["model"].state.get("_init_kwargs", {})}
     return as_checkpoint(path, weights, formulation, state.get("sigma_data", 0.5), options)
@@ -250,8 +256,9 @@ def as_checkpoint(path: Path, weights: dict, formulation: str, sigma_data: objec
     if any(kernel.numel() != taps**2 for kernel in filters):
         raise UserError(f"{path}: its resampling filter does not have the {taps} taps of {network.architecture}")
     for key in ("model_channels", "channel_mult", "num_blocks"):
-        if key in options and tuple(numpy.atleast_1d(options[key])) != tuple(numpy.atleast_1d(getattr(network, key))):
-            raise UserError(f"{path}: it says {key} {options[key]}, but its weights have {getattr(network, key)}")
+        found, said = getattr(network, key), options.get(key, getattr(network, key))
+        if (tuple(said) if isinstance(said, list) else said) != found:
+            raise UserError(f"{path}: it says {key} {said!r:.60}, but its weights have {found}")
     network = replace(network, dropout=float(options.get("dropout", network.dropout)))
     config = Config(path.stem, data, network, PreconditioningConfig(formulation, float(sigma_data)))
     return {"step": 0, "name": path.stem, "config": config.to_dict(), "ema": weights}

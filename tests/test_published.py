@@ -60,7 +60,13 @@ def in_authors_layout(module: nn.Module, class_name: str = "Layer", **attributes
 
 def authors_file(path, case, protocol=4, class_name=None, **attributes):
     net = reference_net(case).float()
-    attributes = {"img_resolution": case["img_resolution"], "sigma_data": numpy.float64(0.5), **attributes}
+    attributes = {
+        "img_resolution": case["img_resolution"],
+        "sigma_data": numpy.float64(0.5),
+        "beta_d": numpy.float32(19.9),
+        "M": 1000,
+        **attributes,
+    }
     network = in_authors_layout(net, class_name or case["preconditioning"], **attributes)
     path.write_bytes(pickle.dumps({"ema": network, "dataset_kwargs": {"resolution": 16}}, protocol=protocol))
     return path
