@@ -115,11 +115,11 @@ def antialiased(images: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
     gram = back @ back.mT  # its eigenvalues, a >= b, in closed form, are the squares
     identity = torch.eye(2, dtype=back.dtype, device=back.device)
     mean = gram.diagonal(dim1=1, dim2=2).mean(dim=1)
-    gap = (((gram[:, 0, 0] - gram[:, 1, 1]) / 2) ** 2 + gram[:, 0, 1] ** 2).sqrt().clamp(min=1e-12)
-    a, b = mean + gap, mean - gap
-    along = (gram - b[:, None, None] * identity) / (a - b)[:, None, None].clamp(min=1e-12)  # projects on a's direction
-    variance_a, variance_b = ((eigenvalue - 1).clamp(min=0)[:, None, None] / 4 for eigenvalue in (a, b))
-    variance = variance_a * along + variance_b * (identity - along)
+    gap = (((gram[:, 0, 0] - gram[:, 1, 1]) / 2) ** 2 + gram[:, 0, 1] ** 2).sqrt()
+    a, b = (mean + gap)[:, None, None], (mean - gap)[:, None, None]
+    along = (gram - b * identity) / (a - b).clamp(min=1e-12)  # projects on a's direction, where there is one
+    variance_a, variance_b = (a - 1).clamp(min=0) / 4, (b - 1).clamp(min=0) / 4
+    variance = variance_b * identity + (variance_a - variance_b) * along
 
     height, width = images.shape[2:]
     margin = min(8, height - 1, width - 1)
