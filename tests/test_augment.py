@@ -85,6 +85,9 @@ def test_shrinking_is_anti_aliased_and_enlarging_leaves_no_blur():
         fine = (torch.arange(64) % 2 * 2 - 1).float().expand(1, 1, 64, 64)
         smooth = antialiased(fine, transformation(1, zoom=zoom).backward_map())
         assert least < smooth[..., 24:40, 24:40].abs().max() < most
+    upright = transformation(1, stretch=3.0).backward_map()  # enlarges in x, shrinks in y
+    torch.testing.assert_close(antialiased(fine, upright), fine, atol=1e-5, rtol=0)
+    assert antialiased(fine.mT, upright)[..., 24:40, 24:40].abs().max() < 0.3
     enlarged = transformation(1, zoom=5.0).apply(stripes)[..., 8:-8, 8:-8]
     assert enlarged.abs().mean() > 0.75
 
