@@ -247,6 +247,7 @@ def test_odd_attributes_end_in_one_line(change, tmp_path):
         checkpoint.read(authors_file(tmp_path / "network.pkl", CASES[0], **change))
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 @pytest.mark.parametrize(
     "tensor",
     [
