@@ -21,6 +21,7 @@ from edm.config import Config
 from edm.errors import UserError
 from edm.files import write_whole
 from edm.published import is_plain
+from edm.unpickle import name_in
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -70,7 +71,7 @@ def read(path: str | Path) -> dict:
     except PermissionError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
     except Exception as error:  # a damaged or hostile archive can make the readers raise anything
-        refused = published.name_in(str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        refused = name_in(str(error)) if isinstance(error, pickle.UnpicklingError) else None
         raise (published.refusal(path, refused) if refused else published.damaged(path)) from None
     if isinstance(contents, dict) and "model_state_dict" in contents:
         return published.read_lesson(contents, path)

@@ -16,7 +16,7 @@ from reference import assert_close, wave
 from test_network import CASES, reference_net
 from torch import nn
 
-from edm import checkpoint, published
+from edm import checkpoint, unpickle
 from edm.errors import UserError
 from edm.generate import build_denoiser
 
@@ -208,8 +208,8 @@ def test_only_records_are_given_state(name, tmp_path):
     (tmp_path / "x.pkl").write_bytes(STATE[name])
     with pytest.raises(UserError, match="is refused: it asks for the state of a"):
         checkpoint.read(tmp_path / "x.pkl")
-    assert not hasattr(published.persistent_object, "evil")
-    assert not hasattr(published.NumpyDtype, "evil")
+    assert not hasattr(unpickle.persistent_object, "evil")
+    assert not hasattr(unpickle.NumpyDtype, "evil")
 
 
 def test_small_files_cannot_take_long(tmp_path):
