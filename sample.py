@@ -3,9 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-from edm.cli import Parser, at_least, run, seed_list
+from edm.cli import Parser, run, seed_list, whole_number
 from edm.config import SamplerConfig
-from edm.device import pick_device
+from edm.device import explain_out_of_memory
+from edm.distributed import joined
 from edm.generate import export, write_samples
 
 SAMPLER_FLAGS = [field.name for field in dataclasses.fields(SamplerConfig) if field.name != "num_samples"]
@@ -17,19 +18,19 @@ def main() -> None:
     parser.add_argument("--config_path", type=Path, help="the YAML config (default: the one that the checkpoint carries)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "--num_samples", type=at_least(1), help="how many images, from seeds 0, 1, 2, ... (default: the config's)"
+        "--num_samples", type=whole_number(1), help="how many images, from seeds 0, 1, 2, ... (default: the config's)"
     )
     which.add_argument("--seeds", type=seed_list, help="which images, such as 0-63,100; an image depends on its seed alone")
     parser.add_argument(
         "--class",
-        type=at_least(0),
+        type=whole_number(0),
         dest="class_index",
         metavar="K",
         help="the class of all images (default: all in turn)",
     )
     for name in SAMPLER_FLAGS:
         parser.add_argument(f"--{name}", metavar="VALUE", help=f"replaces the config's sampler.{name}")
-    parser.add_argument("--batch_size", type=at_least(1), default=64, help="images at a time (default: 64)")
+    parser.add_argument("--batch_size", type=whole_number(1), default=64, help="images at a time (default: 64)")
     parser.add_argument("--save_images", action="store_true", help="also write every image as images/<seed>.png")
     parser.add_argument("--gif", action="store_true", help="also write the reverse process as reverse.gif")
     parser.add_argument("--output_dir", type=Path, help="where to (default: output/image/<dataset>/sample/<config name>)")
@@ -52,19 +53,22 @@ def main() -> None:
     if args.export:
         export(args.checkpoint, args.export)
         return
-    write_samples(
-        args.checkpoint,
-        args.config_path,
-        overrides,
-        args.seeds or (list(range(args.num_samples)) if args.num_samples else None),
-        pick_device(args.device),
-        batch_size=args.batch_size,
-        mixed_precision=args.mixed_precision,
-        class_index=args.class_index,
-        output_dir=args.output_dir,
-        save_images=args.save_images,
-        gif=args.gif,
-    )
+    advice = f"lower --batch_size (now {args.batch_size}), or choose fp16 or bf16 for --mixed_precision"
+    with joined(args.device) as (device, processes), explain_out_of_memory(advice):
+        write_samples(
+            args.checkpoint,
+            args.config_path,
+            overrides,
+            args.seeds or (list(range(args.num_samples)) if args.num_samples else None),
+            device,
+            batch_size=args.batch_size,
+            mixed_precision=args.mixed_precision,
+            class_index=args.class_index,
+            output_dir=args.output_dir,
+            save_images=args.save_images,
+            gif=args.gif,
+            processes=processes,
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """Train a diffusion model as a config says, MNIST by default."""
 
+import contextlib
+import sys
 from pathlib import Path
 
 from edm import config as configs
-from edm.cli import Parser, run
-from edm.device import pick_device
+from edm.cli import Parser, command_to_resume, run
+from edm.distributed import joined
+from edm.errors import Stopped
 from edm.training import train
 
 FLAGS = {  # flags that stand for config entries
@@ -38,14 +41,21 @@ def main() -> None:
 
     flags = [f"{entry}={getattr(args, flag)}" for flag, entry in FLAGS.items() if getattr(args, flag) is not None]
     config = configs.load(args.config_path, [*args.overrides, *flags])
-    train(
-        config,
-        pick_device(args.device),
-        args.output_dir,
-        resume_from=args.resume_from,
-        weights_from=args.load_model_weights_from_checkpoint,
-        overwrite=args.overwrite,
-    )
+    with joined(args.device) as (device, processes):
+        try:
+            train(
+                config,
+                device,
+                args.output_dir,
+                resume_from=args.resume_from,
+                weights_from=args.load_model_weights_from_checkpoint,
+                overwrite=args.overwrite,
+                processes=processes,
+            )
+        except Stopped as stop:
+            with contextlib.suppress(OSError):  # a closed terminal
+                print(f"Stopped after step {stop.step}. To go on:\n  {command_to_resume(sys.argv)}", flush=True)
+            raise SystemExit(128 + stop.signum) from None
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ which is what sampling asks for.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch.nn.functional import grid_sample, pad
@@ -59,6 +59,10 @@ class Transformation:
             axis=any_angle() * coin(),
             shift=randn(2) * tossed()[:, None],
         )
+
+    def __getitem__(self, which: slice) -> "Transformation":
+        """Those of some of the images."""
+        return Transformation(*(getattr(self, field.name)[which] for field in fields(self)))
 
     def labels(self) -> torch.Tensor:
         """What the network is told: (B, 9)."""
@@ -132,14 +136,21 @@ def antialiased(images: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
     return smooth[..., margin : margin + height, margin : margin + width]
 
 
-def augment(images: torch.Tensor, probability: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def augment(
+    images: torch.Tensor,
+    probability: float,
+    generator: torch.Generator,
+    batch_size: int | None = None,
+    mine: slice = slice(None),
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (B, C, H, W) in [-1, 1], transformed at random, and the labels (B, 9) that say how.
 
     Args:
         probability: of each transformation but the flip in x; at 0 nothing happens, not even that.
         generator: on the images' device.
+        batch_size, mine: where the images are part of a batch, its size and their place in it; the draws are the batch's.
     """
     if probability == 0:
         return images, images.new_zeros(len(images), NUM_LABELS)
-    transformation = Transformation.draw(len(images), probability, generator)
+    transformation = Transformation.draw(batch_size or len(images), probability, generator)[mine]
     return transformation.apply(images), transformation.labels()

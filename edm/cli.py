@@ -1,10 +1,17 @@
 """What the command-line scripts share."""
 
 import argparse
+import contextlib
 import difflib
+import os
 import re
+import shlex
+import signal
 import sys
 from collections.abc import Callable
+from typing import TextIO
+
+import torch.distributed as dist
 
 from edm.errors import UserError
 
@@ -22,16 +29,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}{hint}")
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """An argparse type: a whole number from `minimum` on."""
+def whole_number(minimum: int, maximum: int = 1_000_000) -> Callable[[str], int]:
+    """An argparse type: a whole number from `minimum` to `maximum`."""
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = minimum - 1
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
+        if not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {minimum} to {maximum:,}")
         return value
 
     return parse
@@ -55,12 +62,73 @@ def seed_list(text: str) -> list[int]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's main function; an error a person (or their system) can mend ends in one line, exit code 2."""
+    """Call a script's main function; an error that a person (or their system) can mend ends in one line, exit code 2."""
+    rank = int(os.environ.get("RANK", 0)) if dist.is_torchelastic_launched() else 0
+    before, stderr = signal.signal(signal.SIGTERM, terminate), sys.stderr
+    sys.stderr = Lossy(stderr)
     try:
         main()
+        sys.stdout.flush()
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if rank == 0 or dist.is_initialized():  # what goes wrong before the processes have met goes wrong in all of them
+            print(f"error: {one_line(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        sys.stderr = stderr
+        try:
+            sys.stdout.flush()
+        except OSError:  # nor could it on leaving, which would change the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Lossy:
+    """A stream that drops what nobody can receive: no run ends because the terminal that showed its progress is gone."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
+def terminate(signum: int, frame: object) -> None:
+    """SIGTERM leaves by way of every `finally`, like Ctrl-C."""
+    print("\nTerminated.", file=sys.stderr)
+    raise SystemExit(128 + signum)
+
+
+def one_line(message: str) -> str:
+    """A message that a stranger's file has had a part in: at most 1,000 characters, none of which moves the cursor."""
+    text = "".join(character if character.isprintable() else "?" for character in " ".join(message.split()))
+    return text if len(text) <= 1000 else text[:997] + "..."
+
+
+def command_to_resume(argv: list[str]) -> str:
+    """The command line that goes on with the run which this one has begun."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume_from")
+    parser.add_argument("--load_model_weights_from_checkpoint")
+    parser.add_argument("--overwrite", action="store_true")
+    kept = parser.parse_known_args(argv[1:])[1]
+    program = ["python"]
+    if dist.is_torchelastic_launched():
+        local_size, size = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+        program = [
+            "torchrun",
+            f"--nproc_per_node={local_size}",
+            *([f"--nnodes={size // local_size}"] if size > local_size else []),
+        ]
+    return shlex.join([*program, argv[0], *kept, "--resume_from", "latest"])

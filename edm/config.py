@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from edm.augment import NUM_LABELS
-from edm.errors import UserError, nearest
+from edm.errors import UserError, brief, nearest
 from edm.loss import NOISE_DISTRIBUTIONS, WEIGHTINGS
 from edm.precond import PRECONDITIONINGS, Preconditioning
 from edm.sampler import SOLVERS
 from edm.schedule import DISCRETIZATIONS, SCALINGS, SCHEDULES, Schedule, table_1
-from edm.schema import describe, number, one_of, read_section
+from edm.schema import number, one_of, read_section
 from edm.strictyaml import parse_yaml
 from edm.unet import NETWORKS
 
@@ -65,8 +65,8 @@ class LossConfig:
     """At which noise levels it is trained, and with what weights."""
 
     noise_distribution: str = one_of("lognormal", *NOISE_DISTRIBUTIONS)
-    P_mean: float = number(-1.2)
-    P_std: float = number(1.2, at_least=0)
+    P_mean: float = number(-1.2, at_least=-20, at_most=20)
+    P_std: float = number(1.2, at_least=0, at_most=20)
     weighting: str = one_of("edm", *WEIGHTINGS)
     label_dropout: float = number(0.0, at_least=0, at_most=1)
 
@@ -99,10 +99,18 @@ class EMAConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """Which checkpoints stay. The last one always does."""
+
+    keep_last: int | None = number(None, at_least=1)
+    keep_every_n: int | None = number(None, at_least=1)
+
+
+@dataclass(frozen=True)
 class SamplerConfig:
     """How samples are made, in training and after."""
 
-    num_samples: int = number(64, at_least=1)
+    num_samples: int = number(64, at_least=1, at_most=1_000_000)
     sampling_steps: int = number(18, at_least=1, at_most=100_000)
     discretization: str = one_of("edm", *DISCRETIZATIONS)
     schedule: str = one_of("linear", *SCHEDULES)
@@ -116,7 +124,7 @@ class SamplerConfig:
     S_min: float = number(0.0, at_least=0)
     S_max: float = number(math.inf, at_least=0, at_most=math.inf)  # the only entry that may be infinite
     S_noise: float = number(1.0, above=0)
-    guidance: float = number(1.0)
+    guidance: float = number(1.0, at_least=-1000, at_most=1000)
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,7 @@ class Config:
     loss: LossConfig = LossConfig()
     training: TrainingConfig = TrainingConfig()
     ema: EMAConfig = EMAConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     sampler: SamplerConfig = SamplerConfig()
 
     def to_dict(self) -> dict:
@@ -144,6 +153,9 @@ class Config:
 SECTIONS = {f.name: f.default.__class__ for f in dataclasses.fields(Config) if f.name != "name"}
 
 
+MAX_CONFIG_BYTES = 1_000_000
+
+
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a YAML config.
 
@@ -156,7 +168,10 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1).decode("utf-8")
+        if len(text) > MAX_CONFIG_BYTES:
+            raise UserError(f"{path} is no config: it has more than {MAX_CONFIG_BYTES:,} bytes")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         beside = [str(other) for other in sorted(path.parent.glob("*.yaml"))]
@@ -178,16 +193,16 @@ def from_dict(values: object, name: str, source: str, overrides: Iterable[str] =
     Raises:
         UserError: as in `load`.
     """
-    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-        raise UserError(f"{source}: {name!r} cannot be the name of an output folder")
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
+        raise UserError(f"{source}: {brief(name)} cannot be the name of an output folder")
     if not isinstance(values, dict):
-        raise UserError(f"{source}: a config is a mapping of sections ({', '.join(SECTIONS)}), not {describe(values)}")
+        raise UserError(f"{source}: a config is a mapping of sections ({', '.join(SECTIONS)}), not {brief(values)}")
     sections = {}
     for section, entries in values.items():
         if section not in SECTIONS:
-            raise UserError(f"{source}: unknown section {section!r}; {nearest(str(section), SECTIONS)}")
+            raise UserError(f"{source}: unknown section {brief(section)}; {nearest(brief(section), SECTIONS)}")
         if entries is not None and not isinstance(entries, dict):
-            raise UserError(f"{source}: {section}: must be a mapping of entries, not {describe(entries)}")
+            raise UserError(f"{source}: {section}: must be a mapping of entries, not {brief(entries)}")
         sections[section] = {key: (value, source) for key, value in (entries or {}).items()}
     for override in overrides:
         section, key, value = parse_override(override)
@@ -257,8 +272,10 @@ def check_combinations(config: Config, source: str) -> None:
 
     if data.channels == 2:
         refuse("data.channels", "2 is neither 1 (grey) nor 3 (colour)")
-    if data.dataset in ("mnist", "fashion_mnist") and data.resolution < 28:
-        refuse("data.resolution", f"{data.dataset} images have 28 pixels and are padded, never shrunk; at least 28 is allowed")
+    if data.dataset in ("mnist", "fashion_mnist") and not 28 <= data.resolution <= 128:
+        refuse("data.resolution", f"{data.dataset} images have 28 pixels and are padded, never shrunk; 28 to 128 are allowed")
+    if data.dataset == "digits" and data.resolution > 128:
+        refuse("data.resolution", "the embedded digits are drawn at up to 128 pixels")
     if data.dataset == "cifar10" and data.resolution != 32:
         refuse("data.resolution", f"cifar10 images have 32 pixels, not {data.resolution}")
     if not network.channel_mult:

@@ -3,21 +3,28 @@
 import contextlib
 import io
 import os
+import warnings
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset, default_collate
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from edm.digits import draw_digits
+from edm.distributed import Processes
 from edm.errors import UserError
 from edm.randomness import generator_for
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+IMAGE_FORMATS = ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"]  # whatever the suffix; Pillow would run others, as EPS
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # said in one line instead
 
 
 def to_model_range(images: torch.Tensor) -> torch.Tensor:
@@ -61,11 +68,13 @@ def open_dataset(dataset: str, root: str, resolution: int, channels: int, label_
 def torchvision_images(dataset: str, root: str, resolution: int) -> tuple[torch.Tensor, torch.Tensor]:
     """All training images, (N, C, resolution, resolution) uint8, and labels, (N,). Smaller images are padded with black."""
     cls = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[dataset]
+    ours = Path(root).resolve().is_relative_to(Path.cwd())  # a stranger's config does not say where else to write
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # torchvision prints every mirror it tries
-            opened = cls(root, train=True, download=True)
+            opened = cls(root, train=True, download=ours)
     except Exception as error:  # torchvision raises whatever its download or its parser came upon
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = reason if ours else "only a folder inside the current one, such as data, is downloaded into"
         raise UserError(
             f"{dataset} could be neither read from {root!r} nor downloaded ({reason}); name the folder that holds it with "
             "--data_root, or try --config_path configs/quickstart.yaml, which needs no download"
@@ -117,7 +126,9 @@ class ImageFolder(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         try:
-            with Image.open(self.paths[index]) as image:
+            with Image.open(self.paths[index], formats=IMAGE_FORMATS) as image:
+                if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                    raise ValueError(f"Image size ({image.width * image.height} pixels) exceeds that of any camera's")
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion to 8 would clip them to white
                     image = image.convert("I").point(lambda value: value / 256).convert("L")
@@ -149,39 +160,56 @@ def shuffled_batches(num_images: int, batch_size: int, seed: int, first_step: in
 
 
 def batches(
-    dataset: Dataset, batch_size: int, seed: int, first_step: int, device: torch.device, max_resident_mb: int
+    dataset: Dataset,
+    batch_size: int,
+    seed: int,
+    first_step: int,
+    device: torch.device,
+    max_resident_mb: int,
+    processes: Processes | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches without end, on the device: images (batch_size, C, H, W) uint8, labels (batch_size,).
+    """Batches without end, or a process's share of each, on the device: images (b, C, H, W) uint8, labels (b,).
 
-    A data set of at most `max_resident_mb` stays on the device as uint8 and is batched there; a larger one streams through
-    worker processes. Both give the same batches.
+    A data set of at most `max_resident_mb` stays on the device as uint8 and is batched there; of a larger one, every batch is
+    read when its time comes. Both give the same batches.
     """
-    indices = shuffled_batches(len(dataset), batch_size, seed, first_step)
-    resident = len(dataset) * dataset[0][0].numel() <= max_resident_mb * 2**20
-    return resident_batches(dataset, indices, device) if resident else streamed_batches(dataset, indices, device)
+    processes = processes or Processes()
+    mine = processes.share(batch_size)
+    indices = (batch[mine] for batch in shuffled_batches(len(dataset), batch_size, seed, first_step))
+    if len(dataset) * dataset[0][0].numel() <= max_resident_mb * 2**20:
+        return resident_batches(whole(dataset, quiet=not processes.is_first), indices, device)
+    return streamed_batches(dataset, indices, device, max((os.cpu_count() or 1) // processes.local_size, 1))
 
 
-def resident_batches(dataset: Dataset, indices: Iterator[torch.Tensor], device: torch.device):
+def resident_batches(dataset: tuple[torch.Tensor, torch.Tensor], indices: Iterator[torch.Tensor], device: torch.device):
     """Batches cut from images that stay on the device."""
-    images, labels = (part.to(device) for part in whole(dataset))
+    images, labels = (part.to(device) for part in dataset)
     for index in indices:
         index = index.to(device, non_blocking=True)
         yield images[index], labels[index]
 
 
-def streamed_batches(dataset: Dataset, indices: Iterator[torch.Tensor], device: torch.device):
-    """Batches read by worker processes, ahead of their use."""
-    loader = DataLoader(dataset, batch_sampler=indices, num_workers=os.cpu_count() or 1, pin_memory=device.type == "cuda")
+def streamed_batches(dataset: Dataset, indices: Iterator[torch.Tensor], device: torch.device, num_readers: int):
+    """Batches read by threads, ahead of their use: decoding and resizing an image leave Python's lock to the others."""
+
+    def read(index: torch.Tensor) -> list[torch.Tensor]:
+        batch = default_collate([dataset[place] for place in index.tolist()])
+        return [part.pin_memory() for part in batch] if device.type == "cuda" else batch
+
+    readers = ThreadPoolExecutor(num_readers)
     try:
-        for images, labels in loader:
+        ahead = deque(readers.submit(read, index) for index in islice(indices, 2 * num_readers))
+        for index in indices:
+            images, labels = ahead.popleft().result()
+            ahead.append(readers.submit(read, index))
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-    except UserError as error:  # a worker's error comes wrapped in its traceback; the last line is what was raised
-        raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2]) from None
+    finally:
+        readers.shutdown(cancel_futures=True)
 
 
-def whole(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+def whole(dataset: Dataset, quiet: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """A data set as two tensors: images (N, C, H, W) uint8, labels (N,)."""
     if isinstance(dataset, TensorDataset):
         return dataset.tensors
-    items = [dataset[index] for index in tqdm(range(len(dataset)), desc="reading images", leave=False)]
+    items = [dataset[index] for index in tqdm(range(len(dataset)), desc="reading images", leave=False, disable=quiet)]
     return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])

@@ -1,6 +1,8 @@
 """Where the arithmetic runs, and in which precision."""
 
 import contextlib
+import re
+from collections.abc import Iterator
 
 import torch
 
@@ -48,3 +50,15 @@ def autocast_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager:
     """Matrix products in `precision` inside the block; float32 leaves everything as it is."""
     return contextlib.nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(advice: str) -> Iterator[None]:
+    """Running out of memory in the block, on a GPU or off it, becomes a `UserError` with the advice."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        if type(error) is RuntimeError and not re.search(r"out of memory|not enough memory|can't allocate memory", str(error)):
+            raise
+        raise UserError(f"out of memory: {advice}{f' ({reason:.200})' * bool(reason)}") from None

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and folders that one process holds."""
 
 import contextlib
 import os
@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from edm.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -43,3 +48,47 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+class Hold:
+    """A folder that no other process holds: made where missing, held until `release` or the process's end, however it ends, and
+    cleared of what a holder that was killed has left half written.
+
+    Raises:
+        UserError: another process holds it, or it cannot be written to.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / ".lock"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = self.locked()
+            for leftover in folder.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
+        except BlockingIOError:
+            raise UserError(
+                f"another run is training in {folder}; wait for it, stop it, or give --output_dir another folder"
+            ) from None
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
+
+    def locked(self) -> BinaryIO:
+        """The lock's file, open and locked."""
+        while True:
+            file = open(self.path, "ab")  # noqa: SIM115
+            try:
+                if fcntl:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                file.close()
+                raise BlockingIOError from None
+            except OSError:  # a file system without locks
+                return file
+            if os.path.exists(self.path) and os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
+                return file
+            file.close()  # that of a holder who was just letting go
+
+    def release(self) -> None:
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+        self.file.close()

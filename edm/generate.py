@@ -1,6 +1,7 @@
 """From a checkpoint and seeds to images."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,27 +14,43 @@ from edm import config as configs
 from edm.config import Config, preconditioning, sampling_plan
 from edm.data import to_uint8
 from edm.device import autocast, autocast_dtype
+from edm.distributed import Processes
 from edm.errors import UserError
 from edm.precond import Denoiser
 from edm.randomness import ImageNoise
 from edm.sampler import guided, sample
 from edm.unet import NETWORKS
 
+MAX_PARAMETERS = 1_000_000_000  # of a network; the paper's largest has 296 million
 
-def build_denoiser(config: Config) -> Denoiser:
-    """The config's network, freshly initialised, wrapped in its preconditioning.
+
+def build_denoiser(config: Config, weights: dict | None = None, path: str | Path = "") -> Denoiser:
+    """The config's network wrapped in its preconditioning, freshly initialised or with the weights read from `path`.
 
     Raises:
-        UserError: the config's widths make no network.
+        UserError: the config's widths make no network, or none that a machine could hold; the weights are another network's.
     """
     options = dataclasses.asdict(config.network)
     architecture = NETWORKS[options.pop("architecture")]
     formulation, channels = preconditioning(config), config.data.channels
+
+    def build() -> Denoiser:
+        return Denoiser(architecture(config.data.resolution, channels, formulation.outputs * channels, **options), formulation)
+
     try:
-        model = architecture(config.data.resolution, channels, formulation.outputs * channels, **options)
+        with torch.device("meta"):  # takes no memory, whatever a stranger's config or checkpoint asks for
+            plan = build()
+        count = sum(parameter.numel() for parameter in plan.parameters())
+        if count > MAX_PARAMETERS:
+            raise ValueError(f"{count:,} parameters are more than the {MAX_PARAMETERS:,} allowed")
     except ValueError as error:
         raise UserError(f"network: {error}") from None
-    return Denoiser(model, formulation)
+    if weights is not None:
+        checkpoint.check_weights(plan, weights, path)
+    denoiser = build()
+    if weights is not None:
+        denoiser.load_state_dict(weights)
+    return denoiser
 
 
 def class_labels(seeds: list[int], label_dim: int, class_index: int | None = None) -> torch.Tensor | None:
@@ -58,54 +75,64 @@ def generate(
     precision: torch.dtype = torch.float32,
     class_index: int | None = None,
     every_step: bool = False,
+    processes: Processes | None = None,
 ) -> Iterator[torch.Tensor]:
     """Images from seeds: image i depends on seeds[i] alone, up to float rounding.
 
     Args:
         denoiser: on `device`, in evaluation mode.
         config: what the denoiser was made from, and how to sample.
-        batch_size: images at a time.
+        batch_size: images at a time, of each process.
         precision: the network's, as `autocast_dtype` gives it.
         class_index: the class of all images; by default all classes in turn.
         every_step: yield the sampler's every state, not only its last.
+        processes: between which the seeds are divided. All of them call; only the first yields anything.
 
     Yields:
         (frames, B, C, H, W) uint8 on the CPU, batch after batch: the noisy images after each step, scaled to the data's
         standard deviation, the last being the samples. Without `every_step`, frames is 1.
     """
-    sampler = config.sampler
+    processes, sampler = processes or Processes(), config.sampler
     shape = (config.data.channels, config.data.resolution, config.data.resolution)
     state_dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     sigma_steps, schedule = sampling_plan(config)
     sigma_data = config.preconditioning.sigma_data
+    batch_size = min(batch_size, math.ceil(len(seeds) / processes.size))
     batches = [seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)]
-    with tqdm(total=len(batches) * sampler.sampling_steps, desc="sampling", unit="step", leave=False) as bar:
-        for batch in batches:
-            noise = ImageNoise(batch, shape, device, state_dtype)
-            labels = class_labels(batch, config.network.label_dim, class_index)
-            states = sample(
-                guided(denoiser, sampler.guidance),
-                noise(),
-                sigma_steps,
-                labels if labels is None else labels.to(device),
-                schedule,
-                solver=sampler.solver,
-                alpha=sampler.alpha,
-                S_churn=sampler.S_churn,
-                S_min=sampler.S_min,
-                S_max=sampler.S_max,
-                S_noise=sampler.S_noise,
-                noise=noise,
-                round_sigma=denoiser.round_sigma,
-            )
-            frames = []
-            with torch.no_grad(), autocast(device, precision):
-                for state in states:
-                    if every_step or state.sigma == 0:
-                        scale = sigma_data / (state.sigma**2 + sigma_data**2) ** 0.5
-                        frames.append(to_uint8(state.x * scale).cpu())
-                    bar.update()
-            yield torch.stack(frames)
+    rounds = [batches[i : i + processes.size] for i in range(0, len(batches), processes.size)]
+
+    def frames(batch: list[int], bar: tqdm) -> torch.Tensor:
+        noise = ImageNoise(batch, shape, device, state_dtype)
+        labels = class_labels(batch, config.network.label_dim, class_index)
+        states = sample(
+            guided(denoiser, sampler.guidance),
+            noise(),
+            sigma_steps,
+            labels if labels is None else labels.to(device),
+            schedule,
+            solver=sampler.solver,
+            alpha=sampler.alpha,
+            S_churn=sampler.S_churn,
+            S_min=sampler.S_min,
+            S_max=sampler.S_max,
+            S_noise=sampler.S_noise,
+            noise=noise,
+            round_sigma=denoiser.round_sigma,
+        )
+        kept = []
+        with torch.no_grad(), autocast(device, precision):
+            for state in states:
+                if every_step or state.sigma == 0:
+                    scale = sigma_data / (state.sigma**2 + sigma_data**2) ** 0.5
+                    kept.append(to_uint8(state.x * scale).cpu())
+                bar.update()
+        return torch.stack(kept)
+
+    total = len(rounds) * sampler.sampling_steps
+    with tqdm(total=total, desc="sampling", unit="step", leave=False, disable=not processes.is_first) as bar:
+        for batches in rounds:
+            made = frames(batches[processes.rank], bar) if processes.rank < len(batches) else None
+            yield from (part for part in processes.gather(made) if part is not None)
 
 
 MAX_GRID = 2500  # images in a grid; what comes after is written only as single files
@@ -123,6 +150,7 @@ def write_samples(
     output_dir: Path | None = None,
     save_images: bool = False,
     gif: bool = False,
+    processes: Processes | None = None,
 ) -> None:
     """Sample from a checkpoint's averaged weights and write a grid, and on request single images and a GIF.
 
@@ -136,32 +164,34 @@ def write_samples(
         output_dir: where to; by default output/image/<dataset>/sample/<config name>.
         save_images: write every image as images/<seed>.png, too.
         gif: write the reverse process as reverse.gif, too.
+        processes: between which the seeds are divided; the first one writes.
 
     Raises:
         UserError: a bad checkpoint or config, a class the network does not know, a folder that cannot be written to.
     """
-    contents = checkpoint.read(path)
+    processes = processes or Processes()
+    contents = processes.from_first(lambda: checkpoint.read(path))
     config = configs.load(config_path, overrides) if config_path else checkpoint.read_config(contents, path, overrides)
     seeds = seeds or list(range(config.sampler.num_samples))
     label_dim = config.network.label_dim
     if class_index is not None and class_index >= label_dim:
         known = f"its classes are 0 to {label_dim - 1}" if label_dim else "the network is unconditional"
         raise UserError(f"--class: {class_index} is not a class of {path}: {known}")
-    denoiser = build_denoiser(config)
-    checkpoint.load_weights(denoiser, contents["ema"], path)
+    denoiser = build_denoiser(config, contents["ema"], path)
     denoiser.to(device, memory_format=torch.channels_last).eval()
 
     folder = output_dir or Path("output/image") / config.data.dataset / "sample" / config.name
     precision = autocast_dtype(mixed_precision, device)
-    shown = []  # (frames, B, C, H, W) of the batches in the grid
-    for start, frames in enumerate(
-        generate(denoiser, seeds, config, device, batch_size, precision, class_index, every_step=gif)
-    ):
+    shown, done = [], 0  # (frames, B, C, H, W) of the batches in the grid; how many images were made
+    for frames in generate(denoiser, seeds, config, device, batch_size, precision, class_index, gif, processes):
         if save_images:
-            for seed, image in zip(seeds[start * batch_size :], frames[-1]):
+            for seed, image in zip(seeds[done:], frames[-1]):
                 pictures.save_image(folder / "images" / f"{seed:06d}.png", image)
-        if start * batch_size < MAX_GRID:
+        if done < MAX_GRID:
             shown.append(frames)
+        done += frames.shape[1]
+    if not processes.is_first:
+        return
     columns = grid_columns(seeds, label_dim, class_index)
     grids = [pictures.grid(images[:MAX_GRID], columns) for images in torch.cat(shown, dim=1)]
     pictures.save_image(folder / "grid.png", grids[-1])
@@ -182,8 +212,7 @@ def export(source: Path, target: Path) -> None:
         UserError: the source cannot be read, its weights do not fit its config, or the target cannot be written.
     """
     contents = checkpoint.read(source)
-    denoiser = build_denoiser(checkpoint.read_config(contents, source))
-    checkpoint.load_weights(denoiser, contents["ema"], source)
+    denoiser = build_denoiser(checkpoint.read_config(contents, source), contents["ema"], source)
     # What is small stays exact: biases, norms, and NCSN++'s frequencies, which half precision would detune.
     ema = {name: tensor.half() if tensor.ndim > 1 else tensor for name, tensor in denoiser.state_dict().items()}
     checkpoint.write(target, {**{key: contents[key] for key in ("step", "name", "config")}, "ema": ema})

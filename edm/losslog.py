@@ -1,6 +1,7 @@
 """The record of a run's losses, `metrics.jsonl`: one line a step, written when somebody looks."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -8,49 +9,70 @@ import torch
 from edm.errors import UserError
 from edm.files import write_whole
 
+RECENT = 10  # steps whose losses tell whether a run has diverged
+EXPLODED = 100  # times the untrained network's loss
+
 
 class LossLog:
     """Losses wait on the device until `flush` fetches them together, so that a training step never waits for its number.
 
     Args:
-        path: the file; lines of steps after `step`, left by an interrupted run, are dropped from it.
-        step: the step from which the run goes on; 0 starts the file afresh.
+        path: the file, written anew from the losses so far; None keeps the losses without writing them.
+        step: the step that is done already; 0 in a new run.
+        losses: those of the steps up to it, from its checkpoint.
+        batch_size: images of a step.
+        untrained_loss: about what the loss of an untrained network is.
     """
 
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        self.pending: list[tuple[dict, torch.Tensor]] = []
-        self.steps: list[int] = []
-        self.losses: list[float] = []
-        kept = []
-        for line in path.read_text(errors="replace").splitlines() if step and path.exists() else []:
-            try:
-                row = json.loads(line)
-                done, loss = int(row["step"]), float(row["loss"])
-            except (ValueError, KeyError, TypeError):
-                break  # a line that a power cut left half written, and nothing whole after it
-            if done <= step:
-                self.steps.append(done)
-                self.losses.append(loss)
-                kept.append(line + "\n")
-        write_whole(path, lambda file: file.write("".join(kept).encode()))
+    def __init__(self, path: Path | None, step: int, losses: list[float], batch_size: int, untrained_loss: float):
+        self.path, self.batch_size, self.untrained_loss = path, batch_size, untrained_loss
+        self.pending: list[torch.Tensor] = []
+        self.losses = losses
+        self.first_step = step - len(losses) + 1  # 1, but for a checkpoint that lacks its losses
+        if path:
+            write_whole(path, lambda file: file.write(self.lines(0).encode()))
 
-    def add(self, loss: torch.Tensor, **row: float) -> None:
-        """Note one step. Args: loss: a scalar tensor on any device; row: what else to write, the step among it."""
-        self.pending.append((row, loss))
+    @property
+    def steps(self) -> range:
+        """The steps whose losses are known."""
+        return range(self.first_step, self.first_step + len(self.losses))
 
-    def flush(self) -> float:
-        """Write what is pending; returns the mean loss of the latest 100 steps."""
+    def add(self, loss: torch.Tensor) -> None:
+        """Note the next step's loss, a scalar tensor on any device."""
+        self.pending.append(loss)
+
+    def lines(self, start: int) -> str:
+        """The file's lines from the `start`-th loss on."""
+        rows = zip(self.steps[start:], self.losses[start:])
+        return "".join(json.dumps({"step": k, "images": k * self.batch_size, "loss": loss}) + "\n" for k, loss in rows)
+
+    def flush(self) -> None:
+        """Fetch the losses that are pending, and write them. (What a power cut takes of the file is in the checkpoint.)"""
+        known = len(self.losses)
         if self.pending:
-            losses = torch.stack([loss for _, loss in self.pending]).tolist()
-            lines = [json.dumps({**row, "loss": loss}) + "\n" for (row, _), loss in zip(self.pending, losses)]
+            self.losses += torch.stack(self.pending).tolist()
+            self.pending.clear()
+        if self.path:
             try:
                 with open(self.path, "a") as file:
-                    file.writelines(lines)
+                    file.write(self.lines(known))
             except OSError as error:
                 raise UserError(f"cannot write {self.path}: {error.strerror}") from None
-            self.steps += [row["step"] for row, _ in self.pending]
-            self.losses += losses
-            self.pending.clear()
+
+    def mean(self) -> float:
+        """Of the latest 100 steps."""
         recent = self.losses[-100:]
         return sum(recent) / max(len(recent), 1)
+
+    def limit(self) -> float:
+        """A loss beyond anything that training begins with."""
+        return EXPLODED * max(self.untrained_loss, *(loss for loss in self.losses[:1] if math.isfinite(loss)), 0)
+
+    def exploded(self) -> list[bool]:
+        """Which of the most recent losses are beyond the limit, or not finite."""
+        return [not loss <= self.limit() for loss in self.losses[-RECENT:]]
+
+    def has_diverged(self) -> bool:
+        """Whether most of the recent losses have exploded: a single one can be bad luck, or an overflow that fp16 mends."""
+        exploded = self.exploded()
+        return sum(exploded) > len(exploded) / 2

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from edm.config import Config, DataConfig, NetworkConfig, PreconditioningConfig
-from edm.errors import UserError, nearest
+from edm.errors import UserError, brief, nearest
 from edm.precond import PRECONDITIONINGS
 from edm.unet import NETWORKS
 from edm.unpickle import Record, Refused, Unpickler
@@ -50,9 +50,9 @@ def read_pickle(path: Path) -> dict:
 
 def from_record(network: Record, path: Path) -> dict:
     """The contents of a checkpoint from the record of a published network."""
-    state, name = network.state, str(network.class_name)
-    if name.lower() not in FORMULATIONS:
-        raise UserError(f"{path}: unknown network {name!r:.60}; {nearest(name, FORMULATIONS)}")
+    state, name = network.state, network.class_name
+    if not isinstance(name, str) or name.lower() not in FORMULATIONS:
+        raise UserError(f"{path}: unknown network {brief(name)}; {nearest(brief(name), FORMULATIONS)}")
     formulation = FORMULATIONS[name.lower()]
     for field in fields(PRECONDITIONINGS[formulation]):
         value = state.get(field.name, field.default)
@@ -144,7 +144,7 @@ def as_checkpoint(path: Path, weights: dict, formulation: str, sigma_data: objec
     for key in ("model_channels", "channel_mult", "num_blocks"):
         found, said = getattr(network, key), options.get(key, getattr(network, key))
         if (tuple(said) if isinstance(said, list) else said) != found:
-            raise UserError(f"{path}: it says {key} {said!r:.60}, but its weights have {found}")
+            raise UserError(f"{path}: it says {key} {brief(said)}, but its weights have {found}")
     network = replace(network, dropout=float(options.get("dropout", network.dropout)))
     config = Config(path.stem, data, network, PreconditioningConfig(formulation, float(sigma_data)))
     return {"step": 0, "name": path.stem, "config": config.to_dict(), "ema": weights}

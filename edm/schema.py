@@ -6,7 +6,7 @@ import operator
 import types
 import typing
 
-from edm.errors import UserError, nearest
+from edm.errors import UserError, brief, nearest
 
 BOUNDS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le, "below": operator.lt}
 
@@ -26,6 +26,7 @@ def read_section(section: str, kind: type, entries: dict):
     hints = typing.get_type_hints(kind)
     checked = {}
     for key, (value, source) in entries.items():
+        key = key if isinstance(key, str) else brief(key)
         where = f"{source}: {section}.{key}"
         if key not in fields:
             raise UserError(f"{where}: unknown key; {nearest(f'{section}.{key}', (f'{section}.{name}' for name in fields))}")
@@ -39,27 +40,19 @@ def check(value: object, kind: type, bounds: dict, where: str):
         return None if value is None else check(value, typing.get_args(kind)[0], bounds, where)
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
-            raise UserError(f"{where}: must be a list of whole numbers, such as [2, 2, 2], not {describe(value)}")
+            raise UserError(f"{where}: must be a list of whole numbers, such as [2, 2, 2], not {brief(value)}")
         return tuple(check(item, int, bounds, where) for item in value)
     if kind is str:
         if not isinstance(value, str) or not value:
-            raise UserError(f"{where}: must be text, not {describe(value)}")
+            raise UserError(f"{where}: must be text, not {brief(value)}")
         choices = bounds.get("choices")
         if choices and value not in choices:
-            raise UserError(f"{where}: unknown choice {value!r}; {nearest(value, choices)}")
+            raise UserError(f"{where}: unknown choice {brief(value)}; {nearest(value, choices)}")
         return value
     if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value != value // 1):
-        raise UserError(f"{where}: must be a {'whole ' if kind is int else ''}number, not {describe(value)}")
+        raise UserError(f"{where}: must be a {'whole ' if kind is int else ''}number, not {brief(value)}")
     inside = all(BOUNDS[bound](value, limit) for bound, limit in bounds.items())
     if not inside or math.isnan(value) or (math.isinf(value) and bounds.get("at_most") != math.inf):
         allowed = " and ".join(f"{bound.replace('_', ' ')} {limit:,}" for bound, limit in bounds.items()) or "finite"
-        raise UserError(f"{where}: {describe(value)} is out of range; it must be {allowed}")
+        raise UserError(f"{where}: {brief(value)} is out of range; it must be {allowed}")
     return kind(value)
-
-
-def describe(value: object) -> str:
-    """A value as an error message shows it, at most 60 characters of it."""
-    if isinstance(value, int) and abs(value) > 10**30:
-        return "a number of more than 30 digits"
-    text = {None: "nothing", True: "true", False: "false"}.get(value) if isinstance(value, bool | None) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

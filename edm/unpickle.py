@@ -39,6 +39,8 @@ def reconstructed(cls: type, base: type, state: object) -> Record:
 
 def storage_from_bytes(data: bytes) -> torch.Tensor:
     """A tensor's memory, a file of PyTorch's inside the file, as a tensor of one dimension."""
+    if data[:2] == b"PK":
+        raise ValueError("an archive, which could be larger inside")
     try:
         storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -112,6 +114,7 @@ class Unpickler(pickle._Unpickler):
             raise Refused(f"the state of a {type(self.stack[-1]).__name__}")
 
     dispatch[pickle.BUILD[0]] = load_build
+    del dispatch[pickle.BYTEARRAY8[0]]  # which is given all the memory that it claims before it is read
 
 
 def name_in(message: str) -> str | None:

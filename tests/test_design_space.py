@@ -75,12 +75,16 @@ def test_order_of_the_second_order_family(choices, alpha):
     assert math.log2(coarse / fine) == pytest.approx(2, abs=0.15)
 
 
-@pytest.mark.parametrize("choices", [("iddpm", *rest) for rest in itertools.product(SCHEDULES, SCALINGS)], ids="-".join)
+LEVELS = [("iddpm", "linear", "none"), ("iddpm", "ve", "none"), ("iddpm", "vp", "vp")]
+
+
+@pytest.mark.parametrize("choices", LEVELS, ids="-".join)
 def test_iddpm_levels_have_no_order_but_all_of_them_come_close(choices):
     u = iddpm_levels()
     num_steps = ((u >= 0.002) & (u <= 81)).sum().item()
-    assert error(num_steps, choices) < 5e-3
-    assert error(num_steps, choices) < error(num_steps // 8, choices) / 20
+    fine, coarse = error(num_steps, choices), error(num_steps // 8, choices)
+    assert fine < 5e-3
+    assert fine < coarse / 20
 
 
 def one_pixel_solution(denoiser: GaussianMixture, x: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:

@@ -60,6 +60,7 @@ def test_every_column_learns_and_samples_what_it_was_told(name, tiny):
     assert not torch.equal(dark[:, 0], dark[:, 1])
 
 
+@pytest.mark.parametrize("tiny", [3], indirect=True, ids=["colour"])
 @pytest.mark.parametrize("name", COLUMNS)
 def test_every_column_resumes_bit_for_bit(name, tiny, tmp_path):
     options = [*column(name), "sampler.sampling_steps=2", "data.augment_probability=0.3", "network.augment_dim=9"]

@@ -158,7 +158,7 @@ BAD_CALLS = {
     f"sample.py --checkpoint {'x' * 300}": "there is no checkpoint",
     "sample.py --checkpoint none.pt": "there is no checkpoint none.pt",
     "sample.py --checkpoint tiny.yaml": "tiny.yaml is damaged, or not a checkpoint",
-    "sample.py --checkpoint none.pt --num_samples 0": "'0' is not a whole number of at least 1",
+    "sample.py --checkpoint none.pt --num_samples 0": "'0' is not a whole number from 1 to 1,000,000",
     "sample.py --checkpoint none.pt --seeds 5-3": "'5-3' is neither a seed nor a range",
     "sample.py --checkpoint none.pt --seeds 1,1": "names a seed twice",
     "sample.py --checkpoint none.pt --seeds 0-4294967295": "more than a million",

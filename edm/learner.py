@@ -1,0 +1,149 @@
+"""The training step (the paper's Section 5 and Appendix F): what it changes is what a checkpoint holds."""
+
+from pathlib import Path
+
+import torch
+from torch.nn.functional import one_hot
+
+from edm import checkpoint
+from edm.augment import augment
+from edm.config import Config, chosen
+from edm.data import to_model_range
+from edm.device import autocast, autocast_dtype
+from edm.distributed import Processes
+from edm.ema import EMA
+from edm.errors import UserError
+from edm.generate import build_denoiser
+from edm.loss import NOISE_DISTRIBUTIONS, WEIGHTINGS, denoising_loss
+from edm.published import is_plain
+from edm.randomness import generator_for, seed_for
+
+
+class Learner:
+    """What a training step changes and a checkpoint holds: the network, its average, the optimizer, the gradient scaler.
+
+    Args:
+        config: the run.
+        device: where everything lives.
+        processes: between which a batch is divided.
+    """
+
+    def __init__(self, config: Config, device: torch.device, processes: Processes | None = None):
+        training = config.training
+        torch.manual_seed(seed_for(training.seed, "initial weights"))
+        net = build_denoiser(config).to(device, memory_format=torch.channels_last).train()
+        self.config, self.device, self.net = config, device, net
+        self.processes = processes or Processes()
+        self.parallel_net = self.processes.wrap(net)
+        self.precision = autocast_dtype(training.mixed_precision, device)
+        self.ema = EMA(net, config.ema.halflife_images, config.ema.rampup_ratio)
+        self.optimizer = torch.optim.Adam(
+            net.parameters(),
+            lr=training.learning_rate,
+            betas=(training.adam_beta1, training.adam_beta2),
+            eps=training.adam_eps,
+            fused=device.type != "mps",
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        self.noise_distribution = chosen(NOISE_DISTRIBUTIONS, config.loss.noise_distribution, config.loss)
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
+        """One training step, without waiting for the device.
+
+        Args:
+            images: (b, C, H, W) uint8, this process's share of the batch: all of it, B, for a process alone.
+            labels: (b,), class indices.
+            step: its number, from 1; all its random draws depend on this, the place in the batch and the seed alone.
+
+        Returns:
+            The mean loss of the whole batch, a scalar tensor on the device.
+        """
+        training, loss, network = self.config.training, self.config.loss, self.config.network
+        batch_size, conditions = training.batch_size, {}
+        mine = self.processes.share(batch_size)
+        generator = generator_for(training.seed, "step", step, device=self.device)
+        torch.manual_seed(seed_for(training.seed, "dropout", step) + mine.start)
+        y = to_model_range(images)
+        if network.augment_dim:
+            probability = self.config.data.augment_probability
+            y, conditions["augment_labels"] = augment(y, probability, generator, batch_size, mine)
+        y = y.contiguous(memory_format=torch.channels_last)
+        sigma = self.noise_distribution.sample(batch_size, generator)[mine]
+        noise = torch.randn(batch_size, *y.shape[1:], generator=generator, device=self.device)[mine]
+        n = noise * sigma[:, None, None, None]
+        weight = WEIGHTINGS[loss.weighting](sigma, self.config.preconditioning.sigma_data)
+        if network.label_dim:
+            kept = torch.rand(batch_size, generator=generator, device=self.device)[mine] >= loss.label_dropout
+            conditions["labels"] = one_hot(labels, network.label_dim) * kept[:, None]
+        whole = {"y": y, "n": n, "sigma": sigma, "weight": weight, **conditions}
+
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = list(zip(*(tensor.chunk(training.accumulation) for tensor in whole.values())))
+        losses = []
+        for part in parts:
+            with self.processes.part(self.parallel_net, last=part is parts[-1]):
+                with autocast(self.device, self.precision):
+                    part_loss = denoising_loss(self.parallel_net, **dict(zip(whole, part))).sum() / batch_size
+                self.scaler.scale(part_loss * self.processes.size).backward()  # whose gradients are averaged, not summed
+            losses.append(part_loss.detach())
+        self.update(step * batch_size, batch_size)
+        return self.processes.sum(torch.stack(losses).sum())
+
+    def update(self, images_seen: int, batch_size: int) -> None:
+        """Adam's step with the gradients at hand, then the average's."""
+        training = self.config.training
+        self.scaler.unscale_(self.optimizer)  # notes an overflow, before the gradients are mended
+        for parameter in self.net.parameters():
+            torch.nan_to_num(parameter.grad, nan=0, posinf=1e5, neginf=-1e5, out=parameter.grad)
+        if training.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.net.parameters(), training.max_grad_norm)
+        learning_rate = training.learning_rate * min(images_seen / max(training.lr_rampup_images, 1), 1)
+        if training.lr_halflife_images is not None:
+            learning_rate *= 0.5 ** (images_seen / training.lr_halflife_images)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.ema.update(self.net, images_seen, batch_size)
+
+    def state_dict(self) -> dict:
+        """Live views, not copies."""
+        return {
+            "net": self.net.state_dict(),
+            "ema": self.ema.net.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],  # its settings are the config's
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict, path: Path) -> None:
+        """Go on from a training checkpoint's contents.
+
+        Raises:
+            UserError: they are of another network, damaged, or hold weights only.
+        """
+        if not {"net", "optimizer", "scaler"} <= state.keys():
+            raise UserError(
+                f"{path} holds weights alone, so no run can go on from it; use --load_model_weights_from_checkpoint"
+            )
+        checkpoint.load_weights(self.net, state["net"], path)
+        checkpoint.load_weights(self.ema.net, state["ema"], path)
+        try:
+            parameters = dict(enumerate(self.net.parameters()))
+            if state["optimizer"].keys() != parameters.keys():
+                raise ValueError
+            for index, moments in state["optimizer"].items():  # Adam would write past the end of smaller tensors
+                shapes = {key: moment.shape if key != "step" else moment.numel() for key, moment in moments.items()}
+                if shapes != {"step": 1, "exp_avg": parameters[index].shape, "exp_avg_sq": parameters[index].shape}:
+                    raise ValueError
+                if not all(is_plain(moment) for moment in moments.values()):
+                    raise ValueError
+            moments = {
+                index: {key: moment.clone() for key, moment in entry.items()} for index, entry in state["optimizer"].items()
+            }
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+            if not all(isinstance(value, int | float) for value in state["scaler"].values()):
+                raise ValueError
+            if state["scaler"]:  # empty unless the run was in fp16
+                self.scaler.load_state_dict(state["scaler"])
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            raise UserError(f"the optimizer's or the scaler's state in {path} does not fit its network") from None
