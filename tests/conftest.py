@@ -1,13 +1,19 @@
 """What the tests share: a tiny data set, a tiny run, and a way to call the scripts as a user does."""
 
+import json
+import os
 import runpy
 import sys
 import types
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # here and in every script that a test starts: several tests run at once
+
 import pytest
 import torch
 from PIL import Image
+
+from edm.learner import Learner
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,8 +42,12 @@ def image_folder(tmp_path) -> Path:
 @pytest.fixture(params=[1, 3], ids=["grey", "colour"])
 def tiny(request, tmp_path, image_folder) -> Path:
     """The config file of a run that takes a second."""
+    return write_config(tmp_path, image_folder, channels=request.param)
+
+
+def write_config(tmp_path, image_folder, channels: int) -> Path:
     path = tmp_path / "tiny.yaml"
-    path.write_text(TINY.replace("ROOT", str(image_folder)).replace("CHANNELS", str(request.param)))
+    path.write_text(TINY.replace("ROOT", str(image_folder)).replace("CHANNELS", str(channels)))
     return path
 
 
@@ -72,3 +82,33 @@ def authors_module(monkeypatch):
     module._reconstruct_persistent_obj = reconstruct
     monkeypatch.setitem(sys.modules, "torch_utils", types.ModuleType("torch_utils"))
     monkeypatch.setitem(sys.modules, "torch_utils.persistence", module)
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(3, action) has a run do something at the end of a training step."""
+
+    def plan(when: int, action) -> None:
+        step_of = Learner.step
+
+        def step(learner, images, labels, number):
+            loss = step_of(learner, images, labels, number)
+            return action(loss) if number == when else loss
+
+        monkeypatch.setattr(Learner, "step", step)
+
+    return plan
+
+
+def send(number: int):
+    """An action: send this process a signal."""
+
+    def action(loss):
+        os.kill(os.getpid(), number)
+        return loss
+
+    return action
+
+
+def steps_recorded(folder) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
