@@ -15,6 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from edm import config as configs
 from edm.augment import augment
+from edm.checkpoint import saved_steps
 from edm.data import batches
 from edm.distributed import Processes
 from edm.errors import UserError
@@ -36,9 +37,9 @@ def plain(tmp_path, image_folder):
 
 
 def torchrun(processes: int, tmp_path, script, *arguments: object, options=(), **popen) -> subprocess.Popen:
-    call = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", *options, str(ROOT / script)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
+    call = [*launcher, str(ROOT / script), *map(str, arguments), "--device", "cpu"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    call += [*map(str, arguments), "--device", "cpu"]
     return subprocess.Popen(
         call, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
     )
@@ -115,22 +116,24 @@ def wait_for(path, run: subprocess.Popen) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="ps has other options")
-def test_a_worker_that_dies_and_a_signal(plain, tmp_path):
-    """torchrun restarts the run, --overwrite and all, from its last checkpoint; SIGTERM ends it with another one."""
+def test_a_worker_that_dies_and_signals(plain, tmp_path):
+    """torchrun restarts the run, --overwrite and all, from its last checkpoint; SIGTERM, to one process or to torchrun, stops
+    them all after the same step, with another one."""
     arguments = ["--config_path", plain, "--num_training_steps", 10**6, "--save_and_sample_every_n", 20, "--overwrite"]
     train(configs.load(plain, ["training.seed=5"]), torch.device("cpu"), tmp_path / "output")  # to be overwritten
-    run = torchrun(2, tmp_path, "train_mnist.py", *arguments, options=["--max_restarts=1"])
+    run = torchrun(2, tmp_path, "train_mnist.py", *arguments, options=["--max_restarts=2"])
     folder = tmp_path / RUN
     wait_for(folder / "diffusion-20.pt", run)
-    os.kill(workers(run.pid)[1], signal.SIGKILL)
-    newest = max(int(path.stem.partition("-")[2]) for path in folder.glob("diffusion-*.pt"))
-    wait_for(folder / f"diffusion-{newest + 60}.pt", run)
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        os.kill(workers(run.pid)[1], number)
+        time.sleep(1)
+        wait_for(folder / f"diffusion-{(saved_steps(folder)[-1] // 20 + 3) * 20}.pt", run)
     run.send_signal(signal.SIGTERM)
     out, err = run.communicate(timeout=120)
     assert run.returncode != 0  # torchrun's own word for a signal
-    assert "process 0 of 2 has lost the others" in err
-    assert out.count("Going on from output/image/image_folder/tiny/diffusion-") == 1
-    assert "Stopped after step" in out
+    assert err.count("process 0 of 2 has lost the others") == 1
+    assert out.count("Going on from output/image/image_folder/tiny/diffusion-") == 2
+    assert out.count("Stopped after step") == 2
     assert "torchrun --nproc_per_node=2 " in out
     assert not list(folder.glob("*.replaced*"))
     steps = steps_recorded(folder)

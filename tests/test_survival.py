@@ -88,6 +88,11 @@ def test_torchrun_resumes_what_it_restarts_and_nothing_else(tiny, tmp_path):
     new = configs.load(tiny, ["training.seed=1", "training.num_training_steps=5"])
     train(new, CPU, tmp_path / "undisturbed")
     processes = Processes(store=torch.distributed.HashStore())
+    with pytest.MonkeyPatch.context() as patch:  # failed before it had saved: the old run's checkpoints are back
+        patch.setattr(Learner, "step", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(new, CPU, tmp_path, overwrite=True, processes=processes)
+    assert saved_steps(folder) == [3, 6]
     with pytest.MonkeyPatch.context() as patch:  # killed before it had saved: the old run's checkpoints are not its own
         patch.setattr(RunFolder, "put_back", lambda folder: None)
         patch.setattr(Learner, "step", lambda *args: 1 / 0)
