@@ -55,6 +55,14 @@ def test_a_signal_ends_a_run_after_the_step_with_a_checkpoint(tiny, tmp_path, at
     assert steps_recorded(tmp_path / "parts" / RUN) == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_signal_before_a_picture_is_due_keeps_it_for_the_resumed_run(tiny, tmp_path, at_step):
+    at_step(3, send(signal.SIGTERM))
+    with pytest.raises(Stopped):
+        train(configs.load(tiny), CPU, tmp_path)
+    assert saved_steps(tmp_path / RUN) == [3]
+    assert not (tmp_path / RUN / "sample-3.png").exists()
+
+
 def test_a_signal_while_drawing_drops_the_picture_and_the_resumed_run_draws_it(tiny, tmp_path, monkeypatch):
     drawn = []
 

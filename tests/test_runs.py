@@ -112,9 +112,10 @@ def test_starting_from_weights(tiny, tmp_path):
 def test_resuming_says_what_differs_and_refuses_what_cannot_fit(tiny, tmp_path, capsys):
     train(configs.load(tiny, ["training.num_training_steps=1"]), CPU, tmp_path)
     capsys.readouterr()
-    changed = configs.load(tiny, ["training.num_training_steps=2", "training.learning_rate=1e-5"])
+    changed = configs.load(tiny, ["training.num_training_steps=2", "training.learning_rate=1e-5", "network.dropout=0.3"])
     train(changed, CPU, tmp_path, resume_from="latest")
-    assert "though with another training.learning_rate (0.001, now 1e-05)\n" in capsys.readouterr().out
+    expected = "though with another network.dropout (0.1, now 0.3), training.learning_rate (0.001, now 1e-05)\n"
+    assert expected in capsys.readouterr().out
     with pytest.raises(UserError, match=r"diffusion-2.pt with another network.model_channels \(8, now 16\)"):
         train(configs.load(tiny, ["network.model_channels=16"]), CPU, tmp_path, resume_from="latest")
     with pytest.raises(UserError, match="no whole checkpoint"):
