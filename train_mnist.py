@@ -1,6 +1,5 @@
 """Train a diffusion model as a config says, MNIST by default."""
 
-import contextlib
 import sys
 from pathlib import Path
 
@@ -53,8 +52,7 @@ def main() -> None:
                 processes=processes,
             )
         except Stopped as stop:
-            with contextlib.suppress(OSError):  # a closed terminal
-                print(f"Stopped after step {stop.step}. To go on:\n  {command_to_resume(sys.argv)}", flush=True)
+            print(f"Stopped after step {stop.step}. To go on:\n  {command_to_resume(sys.argv)}", flush=True)
             raise SystemExit(128 + stop.signum) from None
 
 

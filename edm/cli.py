@@ -64,11 +64,10 @@ def seed_list(text: str) -> list[int]:
 def run(main: Callable[[], None]) -> None:
     """Call a script's main function; an error that a person (or their system) can mend ends in one line, exit code 2."""
     rank = int(os.environ.get("RANK", 0)) if dist.is_torchelastic_launched() else 0
-    before, stderr = signal.signal(signal.SIGTERM, terminate), sys.stderr
-    sys.stderr = Lossy(stderr)
+    before, streams = signal.signal(signal.SIGTERM, terminate), (sys.stdout, sys.stderr)
+    sys.stdout, sys.stderr = map(Lossy, streams)
     try:
         main()
-        sys.stdout.flush()
     except (UserError, OSError) as error:
         if rank == 0 or dist.is_initialized():  # what goes wrong before the processes have met goes wrong in all of them
             print(f"error: {one_line(str(error))}", file=sys.stderr)
@@ -78,18 +77,20 @@ def run(main: Callable[[], None]) -> None:
         raise SystemExit(130) from None
     finally:
         signal.signal(signal.SIGTERM, before)
-        sys.stderr = stderr
+        sys.stdout, sys.stderr = streams
         try:
-            sys.stdout.flush()
+            if sys.stdout:
+                sys.stdout.flush()
         except OSError:  # nor could it on leaving, which would change the exit code
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Lossy:
-    """A stream that drops what nobody can receive: no run ends because the terminal that showed its progress is gone."""
+    """A stream that drops what nobody can receive: no run ends because the terminal that showed its progress is gone, or
+    because it was closed (None) to begin with."""
 
-    def __init__(self, stream: TextIO):
-        self.stream = stream
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
@@ -131,4 +132,4 @@ def command_to_resume(argv: list[str]) -> str:
             f"--nproc_per_node={local_size}",
             *([f"--nnodes={size // local_size}"] if size > local_size else []),
         ]
-    return shlex.join([*program, argv[0], *kept, "--resume_from", "latest"])
+    return shlex.join([*program, argv[0], "--resume_from", "latest", *kept])

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -22,9 +22,10 @@ from edm.distributed import Processes
 from edm.errors import UserError
 from edm.randomness import generator_for
 
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-IMAGE_FORMATS = ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"]  # whatever the suffix; Pillow would run others, as EPS
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".webp"}
+IMAGE_FORMATS = ["BMP", "GIF", "JPEG", "PNG", "PPM", "WEBP"]  # whatever the suffix; Pillow would run others, as EPS
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # said in one line instead
+MAX_READERS = 16  # each of which may hold an image of a camera's size
 
 
 def to_model_range(images: torch.Tensor) -> torch.Tensor:
@@ -132,8 +133,6 @@ class ImageFolder(Dataset):
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion to 8 would clip them to white
                     image = image.convert("I").point(lambda value: value / 256).convert("L")
-                if image.mode == "F":
-                    raise ValueError("floating-point pixels have no known range")
                 image = image.convert("L" if self.channels == 1 else "RGB")
                 image = ImageOps.fit(image, (self.resolution, self.resolution), Image.Resampling.LANCZOS)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -178,7 +177,7 @@ def batches(
     indices = (batch[mine] for batch in shuffled_batches(len(dataset), batch_size, seed, first_step))
     if len(dataset) * dataset[0][0].numel() <= max_resident_mb * 2**20:
         return resident_batches(whole(dataset, quiet=not processes.is_first), indices, device)
-    return streamed_batches(dataset, indices, device, max((os.cpu_count() or 1) // processes.local_size, 1))
+    return streamed_batches(dataset, indices, device, max(min(num_cores() // processes.local_size, MAX_READERS), 1))
 
 
 def resident_batches(dataset: tuple[torch.Tensor, torch.Tensor], indices: Iterator[torch.Tensor], device: torch.device):
@@ -191,20 +190,26 @@ def resident_batches(dataset: tuple[torch.Tensor, torch.Tensor], indices: Iterat
 
 def streamed_batches(dataset: Dataset, indices: Iterator[torch.Tensor], device: torch.device, num_readers: int):
     """Batches read by threads, ahead of their use: decoding and resizing an image leave Python's lock to the others."""
-
-    def read(index: torch.Tensor) -> list[torch.Tensor]:
-        batch = default_collate([dataset[place] for place in index.tolist()])
-        return [part.pin_memory() for part in batch] if device.type == "cuda" else batch
-
     readers = ThreadPoolExecutor(num_readers)
+
+    def ask_for(index: torch.Tensor) -> list[Future]:
+        return [readers.submit(dataset.__getitem__, place) for place in index.tolist()]
+
     try:
-        ahead = deque(readers.submit(read, index) for index in islice(indices, 2 * num_readers))
+        ahead = deque(map(ask_for, islice(indices, 2)))
         for index in indices:
-            images, labels = ahead.popleft().result()
-            ahead.append(readers.submit(read, index))
-            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            batch = default_collate([item.result() for item in ahead.popleft()])
+            ahead.append(ask_for(index))
+            if device.type == "cuda":
+                batch = [part.pin_memory() for part in batch]
+            yield tuple(part.to(device, non_blocking=True) for part in batch)
     finally:
-        readers.shutdown(cancel_futures=True)
+        readers.shutdown(cancel_futures=True)  # waits for an image each
+
+
+def num_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def whole(dataset: Dataset, quiet: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -77,11 +77,17 @@ class RunFolder:
         began = self.processes.recall(self.key)
         return began is not None and any(step > began for step in self.steps())
 
-    def begin(self, step: int, replace: bool) -> int:
-        """Take possession for a run that goes on from a step. Later checkpoints, of another run, are renamed, so that nothing
+    def contains(self, path: Path) -> bool:
+        """Whether a file is one of the folder's, and not merely of the same name."""
+        return path.resolve().parent == self.path.resolve()
+
+    def begin(self, step: int, goes_on_here: bool, replace: bool) -> int:
+        """Take possession for a run that goes on from a step. The checkpoints of another run are renamed, so that nothing
         takes them for this one's and nothing is lost.
 
         Args:
+            step: the step that is done already; 0 in a new run.
+            goes_on_here: it was done in this folder, whose checkpoints up to it are this run's.
             replace: let the first regular checkpoint, of this run or of one that goes on from it, delete them.
 
         Returns:
@@ -89,16 +95,16 @@ class RunFolder:
         """
         self.hold()
         suffix = REPLACED if replace else OLD
-        later = [self.checkpoint(other) for other in self.steps() if other > step]
-        if later and self.metrics.exists():
+        others = [self.checkpoint(other) for other in self.steps() if other > step or not goes_on_here]
+        if others and self.metrics.exists():
             self.aside.append((self.metrics, unused(self.metrics, suffix)))
             write_whole(self.aside[0][1], lambda file: file.write(self.metrics.read_bytes()))
-        for path in later:  # rising: until the last is gone, the newest is still the one to resume from
+        for path in others:  # rising: until the last is gone, the newest is still the one to resume from
             self.aside.append((path, unused(path, suffix)))
             path.replace(self.aside[-1][1])
         sync_folder(self.path)
         self.processes.remember(self.key, step)
-        return len(later)
+        return len(others)
 
     def put_back(self) -> None:
         """Undo the renaming, if the run has ended before it saved anything."""

@@ -8,6 +8,7 @@ import typing
 
 from edm.errors import UserError, brief, nearest
 
+LARGEST = 2**63 - 1  # of all numbers but inf: what PyTorch's integers hold
 BOUNDS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le, "below": operator.lt}
 
 
@@ -52,7 +53,8 @@ def check(value: object, kind: type, bounds: dict, where: str):
     if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value != value // 1):
         raise UserError(f"{where}: must be a {'whole ' if kind is int else ''}number, not {brief(value)}")
     inside = all(BOUNDS[bound](value, limit) for bound, limit in bounds.items())
-    if not inside or math.isnan(value) or (math.isinf(value) and bounds.get("at_most") != math.inf):
-        allowed = " and ".join(f"{bound.replace('_', ' ')} {limit:,}" for bound, limit in bounds.items()) or "finite"
+    unlimited = isinstance(value, float) and math.isinf(value) and bounds.get("at_most") == math.inf
+    if not inside or not (unlimited or -LARGEST <= value <= LARGEST):  # nor is nan
+        allowed = " and ".join(f"{bound.replace('_', ' ')} {limit:,}" for bound, limit in bounds.items()) or "less large"
         raise UserError(f"{where}: {brief(value)} is out of range; it must be {allowed}")
     return kind(value)

@@ -8,12 +8,10 @@ from edm.errors import UserError
 
 
 class StrictLoader(yaml.SafeLoader):
-    """No aliases, which can grow without bound, no tags, no key twice; and no or off are words, 1e-4 and inf are numbers."""
+    """No aliases, which can grow without bound, no tags, no key twice; numbers are decimal, and what is neither a number nor
+    null, true, false or inf is a word: so are no, off, 010, 1:30 and dates."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (YAML 1.1's, which would also take 1e-4 for a word)
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
@@ -32,11 +30,13 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1, which PyYAML reads, takes 1e-4 for a word (it wants a dot and a sign), and no and off for false.
-StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"([-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+|inf)$"), list("-+.0123456789i")
-)
+for kind, pattern, first in (
+    ("null", r"(~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"(true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"[-+]?(0|[1-9]\d*)$", list("-+0123456789")),
+    ("float", r"([-+]?(\d+\.\d*|\.\d+|(\d+\.?\d*|\.\d+)[eE][-+]?\d+)|[-+]?\.?inf|\.nan)$", list("-+.0123456789i")),
+):
+    StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(pattern, re.ASCII), first)
 
 
 def parse_yaml(text: str, where: str) -> object:

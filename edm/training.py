@@ -93,19 +93,21 @@ def begin(learner: Learner, folder: RunFolder, resume_from: str | None, weights_
     """
     if folder.is_restarted():
         resume_from = "latest"
-    if resume_from is not None:
-        contents = resume(learner, folder, resume_from)
-    elif (others := [*folder.newest_first(), *folder.replaced()]) and not overwrite:
+    goes_on_here = resume_from == "latest" or (resume_from is not None and folder.contains(Path(resume_from)))
+    others = [] if goes_on_here else [*folder.newest_first(), *folder.replaced()]
+    if others and not overwrite:
         raise UserError(
             f"{folder.path} holds the checkpoints of another run: go on from the last one with --resume_from latest, "
             f"or replace them with --overwrite ({others[0]})"
         )
+    if resume_from is not None:
+        contents = resume(learner, folder, resume_from)
     else:
         contents = {"ema": checkpoint.read(weights_from)["ema"]} if weights_from else {}
         take_up(learner, contents, weights_from)
     step = contents.get("step", 0)
-    if renamed := folder.begin(step, replace=overwrite):
-        print(f"Renamed {renamed} later checkpoints to *.pt.{'replaced, until this run has saved' if overwrite else 'old'}")
+    if renamed := folder.begin(step, goes_on_here, replace=overwrite):
+        print(f"Renamed {renamed} other checkpoints to *.pt.{'replaced, until this run has saved' if overwrite else 'old'}")
     return contents
 
 

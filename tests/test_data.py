@@ -1,6 +1,7 @@
 """Data sets and batches."""
 
 import struct
+import time
 from collections import Counter
 from itertools import islice
 
@@ -9,7 +10,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from edm.data import batches, open_dataset, shuffled_batches, to_model_range, to_uint8, whole
+from edm.data import batches, open_dataset, shuffled_batches, streamed_batches, to_model_range, to_uint8, whole
 from edm.digits import draw_digits
 from edm.errors import UserError
 
@@ -72,7 +73,7 @@ def test_image_folder_crops_the_centre_resizes_and_takes_every_kind_of_image(tmp
     Image.new("RGBA", (4, 4), (10, 20, 30, 255)).save(tmp_path / "a" / "deep" / "alpha.png")
     Image.new("P", (9, 9), 0).save(tmp_path / "a" / "palette.gif")
     Image.new("I;16", (8, 8), 128 * 256).save(tmp_path / "a" / "sixteen.png")
-    Image.frombytes("I;16B", (8, 8), bytes([128, 0]) * 64).save(tmp_path / "a" / "sixteen.tif")
+    (tmp_path / "a" / "sixteen.pgm").write_bytes(b"P5 8 8 65535\n" + bytes([128, 0]) * 64)
     (tmp_path / "a" / "notes.txt").write_text("not an image")
     (tmp_path / ".hidden.png").write_text("not an image either")
 
@@ -82,8 +83,8 @@ def test_image_folder_crops_the_centre_resizes_and_takes_every_kind_of_image(tmp
         "alpha.png",
         "grey.JPG",
         "palette.gif",
+        "sixteen.pgm",
         "sixteen.png",
-        "sixteen.tif",
         "wide.png",
     ]
     assert images.shape == (6, 3, 8, 8)
@@ -148,6 +149,22 @@ def test_streamed_and_resident_batches_are_the_same(image_folder):
         assert torch.equal(a, b)
         assert torch.equal(a_labels, b_labels)
         assert Counter((image.float().mean() > 127).long().item() for image in a) == Counter(a_labels.tolist())
+
+
+class Slow:
+    """Images that take a hundredth of a second each."""
+
+    def __getitem__(self, index: int):
+        time.sleep(0.01)
+        return torch.full((1, 2, 2), index, dtype=torch.uint8), 0
+
+
+def test_a_stream_closes_at_once_whatever_it_has_begun_to_read():
+    stream = streamed_batches(Slow(), iter([torch.arange(2)] + [torch.arange(100)] * 99), CPU, num_readers=2)
+    assert next(stream)[0].flatten(1)[:, 0].tolist() == [0, 1]
+    began = time.monotonic()
+    stream.close()
+    assert time.monotonic() - began < 0.5  # the batches asked for would take a second
 
 
 def test_a_broken_image_in_a_stream_is_one_line(image_folder):

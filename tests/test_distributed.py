@@ -123,11 +123,11 @@ def test_a_worker_that_dies_and_signals(plain, tmp_path):
     train(configs.load(plain, ["training.seed=5"]), torch.device("cpu"), tmp_path / "output")  # to be overwritten
     run = torchrun(2, tmp_path, "train_mnist.py", *arguments, options=["--max_restarts=2"])
     folder = tmp_path / RUN
-    wait_for(folder / "diffusion-20.pt", run)
+    wait_for(folder / "sample-20.png", run)  # and now it steps on
     for number in (signal.SIGKILL, signal.SIGTERM):
         os.kill(workers(run.pid)[1], number)
         time.sleep(1)
-        wait_for(folder / f"diffusion-{(saved_steps(folder)[-1] // 20 + 3) * 20}.pt", run)
+        wait_for(folder / f"sample-{(saved_steps(folder)[-1] // 20 + 3) * 20}.png", run)
     run.send_signal(signal.SIGTERM)
     out, err = run.communicate(timeout=120)
     assert run.returncode != 0  # torchrun's own word for a signal

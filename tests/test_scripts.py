@@ -1,5 +1,8 @@
 """The two scripts, as a user calls them."""
 
+import os
+import sys
+
 import pytest
 import torch
 from conftest import ROOT
@@ -7,7 +10,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from edm import config as configs
-from edm.cli import seed_list
+from edm.cli import run, seed_list
 
 RUN = "output/image/image_folder/tiny"
 SAMPLES = "output/image/image_folder/sample/tiny"
@@ -106,7 +109,8 @@ def test_exported_weights_give_the_same_images(script, trained, tmp_path):
         assert script("sample.py", "--checkpoint", path, "--num_samples", 4, "--output_dir", folder)[0] == 0
     a, b = picture(tmp_path / "a/grid.png"), picture(tmp_path / "b/grid.png")
     assert (a.int() - b.int()).abs().max() <= 2
-    code, _, err = script("train_mnist.py", "--resume_from", "small.pt", "--config_path", "tiny.yaml")
+    call = ("train_mnist.py", "--resume_from", "small.pt", "--config_path", "tiny.yaml", "--output_dir", "other")
+    code, _, err = script(*call)
     assert code == 2
     assert "--load_model_weights_from_checkpoint" in err
 
@@ -152,7 +156,7 @@ BAD_CALLS = {
     "train_mnist.py --config_path tiny.yaml --resume_from tiny.yaml": "tiny.yaml is damaged, or not a checkpoint",
     "train_mnist.py --config_path tiny.yaml --resume_from a.pt --load_model_weights_from_checkpoint b.pt": "its own weights",
     "train_mnist.py --config_path tiny.yaml training.seed=!!bool": "tags are not allowed",
-    f"train_mnist.py --config_path tiny.yaml training.seed=0x{'f' * 5000}": "more than 30 digits",
+    f"train_mnist.py --config_path tiny.yaml training.seed={'9' * 400}": "more than 30 digits",
     f"train_mnist.py --config_path {'x' * 300}": "File name too long",
     "sample.py": "--checkpoint",
     f"sample.py --checkpoint {'x' * 300}": "there is no checkpoint",
@@ -193,6 +197,27 @@ def test_bad_sampling_of_a_good_checkpoint(script, trained):
         assert code == 2
         assert message in err
         assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("gone", ["closed", "unread"])
+def test_a_script_does_its_work_though_nobody_listens(monkeypatch, gone):
+    """`>&- 2>&-`, and `| true`."""
+    stream = None
+    if gone == "unread":
+        reader, writer = os.pipe()
+        os.close(reader)
+        stream = os.fdopen(writer, "w")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    done = []
+
+    def main():
+        print("on the way", flush=True)
+        print("there is a problem", file=sys.stderr, flush=True)
+        done.append(True)
+
+    run(main)
+    assert done
 
 
 def test_seed_lists():

@@ -71,6 +71,30 @@ def test_overwriting_loses_nothing_before_the_new_run_has_saved(tiny, tmp_path, 
     assert {path.name for path in folder.iterdir()} == before.keys() | {"diffusion-2.pt"}
 
 
+def test_going_on_from_elsewhere_treats_the_folder_as_another_run_s(tiny, tmp_path):
+    """Earlier checkpoints in it included: no pruning deletes them, and `latest` does not take them for this run's."""
+    folder = tmp_path / RUN
+    train(configs.load(tiny, ["training.seed=1"]), CPU, tmp_path / "elsewhere")
+    brought = str(tmp_path / "elsewhere" / RUN / "diffusion-6.pt")
+    train(configs.load(tiny), CPU, tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    longer = configs.load(tiny, ["training.seed=1", "training.num_training_steps=9", "checkpoint.keep_last=1"])
+    with pytest.raises(UserError, match=r"holds the checkpoints of another run: .*--overwrite"):
+        train(longer, CPU, tmp_path, resume_from=brought)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    with pytest.MonkeyPatch.context() as patch:  # killed
+        patch.setattr(RunFolder, "put_back", lambda folder: None)
+        patch.setattr(Learner, "step", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(longer, CPU, tmp_path, resume_from=brought, overwrite=True)
+    assert (saved_steps(folder), len(list(folder.glob("*.pt.replaced")))) == ([], 2)
+    train(longer, CPU, tmp_path, resume_from=brought, overwrite=True)
+    assert saved_steps(folder) == [9]
+    assert steps_recorded(folder) == list(range(1, 10))
+    train(longer, CPU, tmp_path / "elsewhere", resume_from="latest")
+    assert same(*(checkpoint.read(path / RUN / "diffusion-9.pt") for path in (tmp_path, tmp_path / "elsewhere")))
+
+
 def test_what_was_set_aside_is_not_written_over(tiny, tmp_path):
     folder = tmp_path / RUN
     train(configs.load(tiny), CPU, tmp_path)
