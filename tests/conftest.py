@@ -3,7 +3,9 @@
 import json
 import os
 import runpy
+import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -108,6 +110,16 @@ def send(number: int):
         return loss
 
     return action
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
+    """Wait until a process has made a file; if it does not, end it, and fail with what it has said."""
+    end = time.monotonic() + seconds
+    while not path.exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    if not path.exists():
+        process.terminate()
+        pytest.fail(f"there is no {path}: {process.communicate(timeout=60)}")
 
 
 def steps_recorded(folder) -> list[int]:

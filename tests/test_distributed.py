@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, steps_recorded
+from conftest import ROOT, TINY, steps_recorded, wait_for
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -105,14 +105,6 @@ def workers(agent: int) -> list[int]:
     """The processes that torchrun has started, by rank."""
     listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(agent)], capture_output=True, text=True).stdout
     return [int(line.split()[0]) for line in listed.splitlines() if "train_mnist.py" in line]
-
-
-def wait_for(path, run: subprocess.Popen) -> None:
-    for _ in range(2400):
-        if path.exists() or run.poll() is not None:
-            break
-        time.sleep(0.05)
-    assert path.exists(), run.communicate()
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="ps has other options")

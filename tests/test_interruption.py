@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, send, steps_recorded, write_config
+from conftest import ROOT, send, steps_recorded, wait_for, write_config
 from test_training import CPU, same
 
 from edm import checkpoint
@@ -115,14 +115,6 @@ def start(tiny, tmp_path, *options) -> subprocess.Popen:
     return subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(path, process: subprocess.Popen) -> None:
-    for _ in range(2400):
-        if path.exists() or process.poll() is not None:
-            break
-        time.sleep(0.05)
-    assert path.exists(), process.communicate()
-
-
 LONG = ("--num_training_steps", "100000", "--save_and_sample_every_n", "10", "checkpoint.keep_last=2")
 
 
@@ -172,10 +164,7 @@ def test_a_run_whose_terminal_is_gone_is_saved(tiny, tmp_path, gone):
     run = subprocess.Popen(call, cwd=tmp_path, stdout=its, stderr=its, start_new_session=True)
     os.close(its)
     folder = tmp_path / "output" / RUN
-    for _ in range(2400):
-        if (folder / "sample-10.png").exists():
-            break
-        time.sleep(0.05)
+    wait_for(folder / "sample-10.png", run)
     os.close(mine)
     time.sleep(1)
     assert run.poll() is None  # the progress bar alone ends no run
