@@ -49,7 +49,7 @@ class Processes:
         """The network whose backward pass averages the gradients over the processes."""
         if self.size == 1:
             return net
-        return torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)  # which never change
+        return torch.nn.parallel.DistributedDataParallel(net)
 
     def part(self, net: torch.nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """Around one of the parts that a batch is computed in: only the last one's backward pass averages."""

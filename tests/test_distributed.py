@@ -123,7 +123,7 @@ def test_a_worker_that_dies_and_signals(plain, tmp_path):
     run.send_signal(signal.SIGTERM)
     out, err = run.communicate(timeout=120)
     assert run.returncode != 0  # torchrun's own word for a signal
-    assert err.count("process 0 of 2 has lost the others") == 1
+    assert err.count("process 0 of 2 has lost the others") == 1, err
     assert out.count("Going on from output/image/image_folder/tiny/diffusion-") == 2
     assert out.count("Stopped after step") == 2
     assert "torchrun --nproc_per_node=2 " in out

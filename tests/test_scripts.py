@@ -1,6 +1,7 @@
 """The two scripts, as a user calls them."""
 
 import os
+import signal
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from edm import config as configs
 from edm.cli import run, seed_list
+from edm.errors import UserError
 
 RUN = "output/image/image_folder/tiny"
 SAMPLES = "output/image/image_folder/sample/tiny"
@@ -218,6 +220,22 @@ def test_a_script_does_its_work_though_nobody_listens(monkeypatch, gone):
 
     run(main)
     assert done
+
+
+def test_sigterm_ends_a_script_but_does_not_hide_an_error(capfd):
+    def signalled():
+        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun does when another process has died
+
+    def failing():
+        try:
+            raise UserError("the reason")
+        finally:
+            signalled()
+
+    for main, code, said in ((signalled, 143, "Terminated."), (failing, 2, "error: the reason")):
+        with pytest.raises(SystemExit) as stop:
+            run(main)
+        assert (stop.value.code, capfd.readouterr().err.strip()) == (code, said)
 
 
 def test_seed_lists():
