@@ -107,7 +107,7 @@ class Lossy:
 
 def terminate(signum: int, frame: object) -> None:
     """SIGTERM leaves by way of every `finally`, like Ctrl-C; unless an error is on its way out already, which says more."""
-    if sys.exc_info()[1] is not None:
+    if isinstance(sys.exc_info()[1], UserError | RuntimeError):
         return
     with contextlib.suppress(OSError):  # print may not be used in the middle of anything
         os.write(2, b"\nTerminated.\n")

@@ -189,7 +189,8 @@ def resident_batches(dataset: tuple[torch.Tensor, torch.Tensor], indices: Iterat
 
 
 def streamed_batches(dataset: Dataset, indices: Iterator[torch.Tensor], device: torch.device, num_readers: int):
-    """Batches read by threads, ahead of their use: decoding and resizing an image leave Python's lock to the others."""
+    """Batches read by threads, two ahead of their use, from indices without end. Decoding and resizing an image leave Python's
+    lock to the others."""
     readers = ThreadPoolExecutor(num_readers)
 
     def ask_for(index: torch.Tensor) -> list[Future]:
