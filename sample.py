@@ -30,7 +30,12 @@ def main() -> None:
     )
     for name in SAMPLER_FLAGS:
         parser.add_argument(f"--{name}", metavar="VALUE", help=f"replaces the config's sampler.{name}")
-    parser.add_argument("--batch_size", type=whole_number(1), default=64, help="images at a time (default: 64)")
+    parser.add_argument(
+        "--batch_size",
+        type=lambda text: None if text == "auto" else whole_number(1)(text),
+        default=64,
+        help="images at a time, or auto: as many as there is memory for, up to 512 (default: 64)",
+    )
     parser.add_argument("--save_images", action="store_true", help="also write every image as images/<seed>.png")
     parser.add_argument("--gif", action="store_true", help="also write the reverse process as reverse.gif")
     parser.add_argument("--output_dir", type=Path, help="where to (default: output/image/<dataset>/sample/<config name>)")
@@ -40,6 +45,12 @@ def main() -> None:
         choices=["no", "auto", "fp16", "bf16"],
         default="no",
         help="the network's precision (default: no)",
+    )
+    parser.add_argument(
+        "--compile",
+        choices=["auto", "true", "false"],
+        default="auto",
+        help="compile the network; auto does on CUDA, for many batches (default: auto)",
     )
     parser.add_argument(
         "--export",
@@ -53,7 +64,7 @@ def main() -> None:
     if args.export:
         export(args.checkpoint, args.export)
         return
-    advice = f"lower --batch_size (now {args.batch_size}), or choose fp16 or bf16 for --mixed_precision"
+    advice = f"lower --batch_size (now {args.batch_size or 'auto'}), or choose fp16 or bf16 for --mixed_precision"
     with joined(args.device) as (device, processes), explain_out_of_memory(advice):
         write_samples(
             args.checkpoint,
@@ -67,6 +78,7 @@ def main() -> None:
             output_dir=args.output_dir,
             save_images=args.save_images,
             gif=args.gif,
+            compile=args.compile,
             processes=processes,
         )
 

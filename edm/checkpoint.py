@@ -1,8 +1,8 @@
 """Checkpoints: plain tensors, numbers and text in one file, `diffusion-{step}.pt`.
 
 A training checkpoint holds `step`, `name`, `config` (nested plain values), `ema` (the weights that samples come from), `net`,
-`optimizer`, `scaler` and `losses` (of every step so far). An exported one, for sampling, holds `step`, `name`, `config` and
-`ema`, the weights in half precision.
+`optimizer`, `scaler`, `compiled` (whether the network was) and `losses` (of every step so far). An exported one, for sampling,
+holds `step`, `name`, `config` and `ema`, the weights in half precision.
 
 The file is a zip archive, as PyTorch writes it. Its comment is a checksum of all that comes before the comment, since the
 archive's own checksums leave out its padding and its directory, and torch.load does not compare any.
@@ -143,6 +143,8 @@ def check_contents(contents: object, path: Path) -> None:
     for key in {"ema", "net"} & contents.keys():
         if not is_weights(contents[key]):
             refuse(f"its {key} is not a table of tensors")
+    if not isinstance(contents.get("compiled", False), bool):
+        refuse("whether it was compiled is neither true nor false")
     if not is_plain(losses) or losses.ndim != 1 or len(losses) > step:
         refuse("its losses are not one number a step")
 

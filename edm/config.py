@@ -86,6 +86,7 @@ class TrainingConfig:
     adam_eps: float = number(1e-8, above=0)
     max_grad_norm: float | None = number(None, above=0)
     mixed_precision: str = one_of("auto", "auto", "no", "fp16", "bf16")
+    compile: str = one_of("auto", "auto", "true", "false")
     save_and_sample_every_n: int = number(1000, at_least=1)
     seed: int = number(0, at_least=0, below=2**32)
 

@@ -13,13 +13,12 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset, TensorDataset, default_collate
-from torchvision import datasets
-from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from edm.digits import draw_digits
 from edm.distributed import Processes
 from edm.errors import UserError
+from edm.pictures import from_pil
 from edm.randomness import generator_for
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".webp"}
@@ -68,6 +67,8 @@ def open_dataset(dataset: str, root: str, resolution: int, channels: int, label_
 
 def torchvision_images(dataset: str, root: str, resolution: int) -> tuple[torch.Tensor, torch.Tensor]:
     """All training images, (N, C, resolution, resolution) uint8, and labels, (N,). Smaller images are padded with black."""
+    from torchvision import datasets  # slow to import, and needed only here
+
     cls = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[dataset]
     ours = Path(root).resolve().is_relative_to(Path.cwd())  # a stranger's config does not say where else to write
     try:
@@ -138,7 +139,7 @@ class ImageFolder(Dataset):
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             reason = str(error).partition("\n")[0]
             raise UserError(f"cannot read the image {self.paths[index]}: {reason}") from None
-        return pil_to_tensor(image), self.labels[index]
+        return from_pil(image), self.labels[index]
 
 
 def shuffled_batches(num_images: int, batch_size: int, seed: int, first_step: int = 0) -> Iterator[torch.Tensor]:

@@ -48,8 +48,20 @@ def autocast_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager:
-    """Matrix products in `precision` inside the block; float32 leaves everything as it is."""
+    """Matrix products in `precision` inside the block; float32 leaves everything as it is.
+
+    Of random weights, which magnify rounding, fp16 moves D by less than 1% and its gradients by less than 3% of their size,
+    bf16 by less than 6% and 12% (`tests/test_fast_paths.py`).
+    """
     return contextlib.nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that a GPU's, or the CPU's, memory is used up."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError)
+        and re.search(r"out of memory|not enough memory|can't allocate memory", str(error)) is not None
+    )
 
 
 @contextlib.contextmanager
@@ -57,8 +69,8 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
     """Running out of memory in the block, on a GPU or off it, becomes a `UserError` with the advice."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        if type(error) is RuntimeError and not re.search(r"out of memory|not enough memory|can't allocate memory", str(error)):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
+        reason = str(error).partition("\n")[0]
         raise UserError(f"out of memory: {advice}{f' ({reason:.200})' * bool(reason)}") from None

@@ -5,7 +5,8 @@ import random
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.transforms.functional import pil_to_tensor
+
+from edm.pictures import from_pil
 
 NUM_IMAGES = 10_000
 SUPERSAMPLING = 4  # digits are drawn this many times larger, then averaged down
@@ -53,4 +54,4 @@ def distorted(glyph: Image.Image, rng: random.Random) -> torch.Tensor:
     x0, y0 = middle + shift_x, middle + shift_y
     matrix = (a, b, middle - a * x0 - b * y0, c, d, middle - c * x0 - d * y0)
     view = glyph.transform(glyph.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
-    return pil_to_tensor(view.reduce(SUPERSAMPLING))
+    return from_pil(view.reduce(SUPERSAMPLING))

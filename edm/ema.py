@@ -17,6 +17,7 @@ class EMA:
 
     def __init__(self, net: nn.Module, halflife_images: float, rampup_ratio: float | None = 0.05):
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
+        self.shadow, self.weights = list(self.net.parameters()), list(net.parameters())
         self.halflife_images = halflife_images
         self.rampup_ratio = rampup_ratio
 
@@ -28,13 +29,11 @@ class EMA:
         return 0.5 ** (batch_size / halflife)
 
     @torch.no_grad()
-    def update(self, net: nn.Module, images_seen: int, batch_size: int) -> None:
-        """Move the shadow towards `net`.
+    def update(self, images_seen: int, batch_size: int) -> None:
+        """Move the shadow towards the network, after the optimizer's step.
 
         Args:
-            net: the network, after the optimizer's step.
             images_seen: images of the whole run so far, this step's included.
             batch_size: images of this step.
         """
-        shadow, weights = list(self.net.parameters()), list(net.parameters())
-        torch._foreach_lerp_(shadow, weights, 1 - self.beta(images_seen, batch_size))
+        torch._foreach_lerp_(self.shadow, self.weights, 1 - self.beta(images_seen, batch_size))

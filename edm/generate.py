@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from edm import checkpoint, pictures
 from edm import config as configs
+from edm.compiling import compile_network, is_wanted
 from edm.config import Config, preconditioning, sampling_plan
 from edm.data import to_uint8
 from edm.device import autocast, autocast_dtype
@@ -75,6 +77,7 @@ def generate(
     precision: torch.dtype = torch.float32,
     class_index: int | None = None,
     every_step: bool = False,
+    compile: str = "false",
     processes: Processes | None = None,
 ) -> Iterator[torch.Tensor]:
     """Images from seeds: image i depends on seeds[i] alone, up to float rounding.
@@ -86,6 +89,7 @@ def generate(
         precision: the network's, as `autocast_dtype` gives it.
         class_index: the class of all images; by default all classes in turn.
         every_step: yield the sampler's every state, not only its last.
+        compile: whether to compile the network first, as in `compiling.is_wanted`.
         processes: between which the seeds are divided. All of them call; only the first yields anything.
 
     Yields:
@@ -99,9 +103,14 @@ def generate(
     sigma_data = config.preconditioning.sigma_data
     batch_size = min(batch_size, math.ceil(len(seeds) / processes.size))
     batches = [seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)]
+    evaluations = len(batches) * sampler.sampling_steps * (2 if sampler.solver == "heun" else 1)
+    compiled = is_wanted(compile, device, evaluations) and compile_denoiser(denoiser, config, device, batch_size, precision)
     rounds = [batches[i : i + processes.size] for i in range(0, len(batches), processes.size)]
 
     def frames(batch: list[int], bar: tqdm) -> torch.Tensor:
+        count = len(batch)
+        if compiled:
+            batch = batch + batch[-1:] * (batch_size - count)  # the network was compiled for full batches
         noise = ImageNoise(batch, shape, device, state_dtype)
         labels = class_labels(batch, config.network.label_dim, class_index)
         states = sample(
@@ -124,7 +133,7 @@ def generate(
             for state in states:
                 if every_step or state.sigma == 0:
                     scale = sigma_data / (state.sigma**2 + sigma_data**2) ** 0.5
-                    kept.append(to_uint8(state.x * scale).cpu())
+                    kept.append(to_uint8(state.x[:count] * scale).cpu())
                 bar.update()
         return torch.stack(kept)
 
@@ -133,6 +142,36 @@ def generate(
         for batches in rounds:
             made = frames(batches[processes.rank], bar) if processes.rank < len(batches) else None
             yield from (part for part in processes.gather(made) if part is not None)
+
+
+def compile_denoiser(denoiser: Denoiser, config: Config, device: torch.device, batch_size: int, precision: torch.dtype) -> bool:
+    """Compile the network for sampling batches of one size, as CUDA graphs on CUDA; returns whether that worked."""
+    x = torch.zeros(batch_size, config.data.channels, config.data.resolution, config.data.resolution, device=device)
+    labels = class_labels(list(range(batch_size)), config.network.label_dim)
+
+    def rehearse() -> None:
+        with torch.no_grad(), autocast(device, precision):
+            guided(denoiser, config.sampler.guidance)(x, 1.0, labels if labels is None else labels.to(device))
+
+    print("Compiling the network, which takes a minute or two ...")
+    return compile_network(denoiser.model, rehearse, cuda_graphs=device.type == "cuda")
+
+
+def largest_batch_size(denoiser: Denoiser, config: Config, device: torch.device, precision: torch.dtype) -> int:
+    """How many images at a time: on CUDA, the power of two, up to 512, that takes at most three quarters of the memory at hand
+    (which grows in proportion to the images); elsewhere 64, beyond which a CPU gets no faster."""
+    if device.type != "cuda":
+        return 64
+    few = 8
+    x = torch.zeros(few, config.data.channels, config.data.resolution, config.data.resolution, device=device)
+    with torch.no_grad(), autocast(device, precision):
+        denoiser(x, 1.0)  # what the libraries keep for themselves is counted as used
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        denoiser(x, 1.0)
+    each = (torch.cuda.max_memory_allocated(device) - before) / few
+    at_hand = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - before
+    return 2 ** max(0, min(9, int(math.log2(0.75 * at_hand / max(each, 1)))))
 
 
 MAX_GRID = 2500  # images in a grid; what comes after is written only as single files
@@ -144,12 +183,13 @@ def write_samples(
     overrides: list[str],
     seeds: list[int] | None,
     device: torch.device,
-    batch_size: int,
+    batch_size: int | None,
     mixed_precision: str = "no",
     class_index: int | None = None,
     output_dir: Path | None = None,
     save_images: bool = False,
     gif: bool = False,
+    compile: str = "false",
     processes: Processes | None = None,
 ) -> None:
     """Sample from a checkpoint's averaged weights and write a grid, and on request single images and a GIF.
@@ -159,7 +199,8 @@ def write_samples(
         config_path: the config; by default the one that the checkpoint carries.
         overrides: "sampler.key=value" entries, which replace the config's.
         seeds: which images; by default as many as the config says, from seed 0.
-        device, batch_size, class_index: as in `generate`.
+        device, class_index, compile: as in `generate`.
+        batch_size: images at a time, of each process; None for `largest_batch_size`.
         mixed_precision: as in `autocast_dtype`.
         output_dir: where to; by default output/image/<dataset>/sample/<config name>.
         save_images: write every image as images/<seed>.png, too.
@@ -182,14 +223,24 @@ def write_samples(
 
     folder = output_dir or Path("output/image") / config.data.dataset / "sample" / config.name
     precision = autocast_dtype(mixed_precision, device)
+    batch_size = batch_size or largest_batch_size(denoiser, config, device, precision)
+    batches = generate(denoiser, seeds, config, device, batch_size, precision, class_index, gif, compile, processes)
+
+    def write(seeds: list[int], images: torch.Tensor) -> None:
+        for seed, image in zip(seeds, images):
+            pictures.save_image(folder / "images" / f"{seed:06d}.png", image)
+
     shown, done = [], 0  # (frames, B, C, H, W) of the batches in the grid; how many images were made
-    for frames in generate(denoiser, seeds, config, device, batch_size, precision, class_index, gif, processes):
-        if save_images:
-            for seed, image in zip(seeds[done:], frames[-1]):
-                pictures.save_image(folder / "images" / f"{seed:06d}.png", image)
-        if done < MAX_GRID:
-            shown.append(frames)
-        done += frames.shape[1]
+    with ThreadPoolExecutor(1) as writer:  # a batch is written while the next one is computed
+        written = writer.submit(write, [], [])
+        for frames in batches:
+            written.result()
+            if save_images:
+                written = writer.submit(write, seeds[done : done + frames.shape[1]], frames[-1])
+            if done < MAX_GRID:
+                shown.append(frames)
+            done += frames.shape[1]
+        written.result()
     if not processes.is_first:
         return
     columns = grid_columns(seeds, label_dim, class_index)

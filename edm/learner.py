@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn.functional import one_hot
 
 from edm import checkpoint
 from edm.augment import augment
+from edm.compiling import compile_network, is_wanted
 from edm.config import Config, chosen
 from edm.data import to_model_range
 from edm.device import autocast, autocast_dtype
@@ -17,6 +19,8 @@ from edm.generate import build_denoiser
 from edm.loss import NOISE_DISTRIBUTIONS, WEIGHTINGS, denoising_loss
 from edm.published import is_plain
 from edm.randomness import generator_for, seed_for
+
+SMALL = 10_000_000  # parameters; the small networks' kernels are done sooner than they are launched
 
 
 class Learner:
@@ -31,6 +35,7 @@ class Learner:
     def __init__(self, config: Config, device: torch.device, processes: Processes | None = None):
         training = config.training
         torch.manual_seed(seed_for(training.seed, "initial weights"))
+        # Channels last is what convolutions are fastest in. It moves D and its gradients by less than 2e-5 of their size.
         net = build_denoiser(config).to(device, memory_format=torch.channels_last).train()
         self.config, self.device, self.net = config, device, net
         self.processes = processes or Processes()
@@ -44,6 +49,8 @@ class Learner:
             eps=training.adam_eps,
             fused=device.type != "mps",
         )
+        self.parameters = list(net.parameters())
+        self.is_compiled = False
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.noise_distribution = chosen(NOISE_DISTRIBUTIONS, config.loss.noise_distribution, config.loss)
 
@@ -58,6 +65,15 @@ class Learner:
         Returns:
             The mean loss of the whole batch, a scalar tensor on the device.
         """
+        batch_size = self.config.training.batch_size
+        drawn = self.draw(images, labels, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.backward(drawn)
+        self.update(step * batch_size, batch_size)
+        return self.processes.sum(loss)
+
+    def draw(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+        """What the loss is computed from: clean images, noise, noise levels, weights and conditions of each image."""
         training, loss, network = self.config.training, self.config.loss, self.config.network
         batch_size, conditions = training.batch_size, {}
         mine = self.processes.share(batch_size)
@@ -75,28 +91,36 @@ class Learner:
         if network.label_dim:
             kept = torch.rand(batch_size, generator=generator, device=self.device)[mine] >= loss.label_dropout
             conditions["labels"] = one_hot(labels, network.label_dim) * kept[:, None]
-        whole = {"y": y, "n": n, "sigma": sigma, "weight": weight, **conditions}
+        return {"y": y, "n": n, "sigma": sigma, "weight": weight, **conditions}
 
-        self.optimizer.zero_grad(set_to_none=True)
-        parts = list(zip(*(tensor.chunk(training.accumulation) for tensor in whole.values())))
-        losses = []
+    def forward(self, net: nn.Module, part: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What images of `draw` add to the loss of the whole batch."""
+        with autocast(self.device, self.precision):
+            return denoising_loss(net, **part).sum() / self.config.training.batch_size
+
+    def backward(self, drawn: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Add up the gradients of the loss, part by part; returns this process's share of the loss."""
+        parts, losses = self.parts(drawn), []
         for part in parts:
             with self.processes.part(self.parallel_net, last=part is parts[-1]):
-                with autocast(self.device, self.precision):
-                    part_loss = denoising_loss(self.parallel_net, **dict(zip(whole, part))).sum() / batch_size
-                self.scaler.scale(part_loss * self.processes.size).backward()  # whose gradients are averaged, not summed
-            losses.append(part_loss.detach())
-        self.update(step * batch_size, batch_size)
-        return self.processes.sum(torch.stack(losses).sum())
+                loss = self.forward(self.parallel_net, part)
+                self.scaler.scale(loss * self.processes.size).backward()  # whose gradients are averaged, not summed
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def parts(self, drawn: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """The parts that a batch is computed in."""
+        chunks = zip(*(tensor.chunk(self.config.training.accumulation) for tensor in drawn.values()))
+        return [dict(zip(drawn, chunk)) for chunk in chunks]
 
     def update(self, images_seen: int, batch_size: int) -> None:
         """Adam's step with the gradients at hand, then the average's."""
         training = self.config.training
         self.scaler.unscale_(self.optimizer)  # notes an overflow, before the gradients are mended
-        for parameter in self.net.parameters():
+        for parameter in self.parameters:
             torch.nan_to_num(parameter.grad, nan=0, posinf=1e5, neginf=-1e5, out=parameter.grad)
         if training.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.net.parameters(), training.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(self.parameters, training.max_grad_norm)
         learning_rate = training.learning_rate * min(images_seen / max(training.lr_rampup_images, 1), 1)
         if training.lr_halflife_images is not None:
             learning_rate *= 0.5 ** (images_seen / training.lr_halflife_images)
@@ -104,7 +128,32 @@ class Learner:
             group["lr"] = learning_rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.ema.update(self.net, images_seen, batch_size)
+        self.ema.update(images_seen, batch_size)
+
+    def compile(self, steps: int, decided: bool | None) -> None:
+        """Compile the raw network, if the config's `training.compile` and `compiling.is_wanted` say so and if it works.
+
+        Args:
+            steps: how many there are to come.
+            decided: whether it was compiled, in a run that goes on.
+        """
+        data, training = self.config.data, self.config.training
+        if not is_wanted(training.compile, self.device, steps, decided):
+            return
+        mine = self.processes.share(training.batch_size)
+        count = mine.stop - mine.start
+        images = torch.zeros(count, data.channels, data.resolution, data.resolution, dtype=torch.uint8, device=self.device)
+        part = self.parts(self.draw(images, torch.zeros(count, dtype=torch.int64, device=self.device), step=0))[0]
+
+        def rehearse() -> None:  # without the other processes, should it fail in one of them
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(self.forward(self.net, part)).backward()
+
+        # Where launching takes longer than computing; and gradients that add up must not be a graph's own memory.
+        small = sum(parameter.numel() for parameter in self.parameters) < SMALL
+        cuda_graphs = self.device.type == "cuda" and small and training.accumulation == 1 and self.processes.size == 1
+        print("Compiling the network, which takes a minute or two ...")
+        self.is_compiled = compile_network(self.net.model, rehearse, cuda_graphs)
 
     def state_dict(self) -> dict:
         """Live views, not copies."""
@@ -113,6 +162,7 @@ class Learner:
             "ema": self.ema.net.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],  # its settings are the config's
             "scaler": self.scaler.state_dict(),
+            "compiled": self.is_compiled,
         }
 
     def load_state_dict(self, state: dict, path: Path) -> None:

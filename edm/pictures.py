@@ -5,15 +5,24 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 
 from edm.files import write_whole
 
 
 def save_image(path: Path, image: torch.Tensor) -> None:
     """Write one image, (1 or 3, H, W) uint8, as a PNG."""
-    write_whole(path, lambda file: to_pil_image(image).save(file, format="PNG"))
+    write_whole(path, lambda file: to_pil(image).save(file, format="PNG"))
+
+
+def to_pil(image: torch.Tensor) -> Image.Image:
+    """(1 or 3, H, W) uint8 -> a Pillow image, grey or colour."""
+    return Image.fromarray((image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy())
+
+
+def from_pil(image: Image.Image) -> torch.Tensor:
+    """A Pillow image, grey or colour -> (1 or 3, H, W) uint8."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, -1).permute(2, 0, 1).contiguous()
 
 
 def grid(images: torch.Tensor, columns: int | None = None) -> torch.Tensor:
@@ -22,6 +31,8 @@ def grid(images: torch.Tensor, columns: int | None = None) -> torch.Tensor:
     Args:
         columns: images in a row; by default the grid is about square.
     """
+    from torchvision.utils import make_grid  # slow to import, as matplotlib is below, and needed only here
+
     columns = columns or math.ceil(math.sqrt(len(images)))
     return make_grid(images.expand(-1, 3, -1, -1), nrow=columns, padding=2)
 
@@ -32,7 +43,7 @@ def save_gif(path: Path, frames: list[torch.Tensor], milliseconds: int = 120, ho
     Args:
         milliseconds, hold: how long each frame is shown, and the last.
     """
-    pictures: list[Image.Image] = [to_pil_image(frame) for frame in frames]
+    pictures: list[Image.Image] = [to_pil(frame) for frame in frames]
     durations = [milliseconds] * (len(pictures) - 1) + [hold]
     options = {"save_all": True, "append_images": pictures[1:], "duration": durations, "loop": 0}
     write_whole(path, lambda file: pictures[0].save(file, format="GIF", **options))
@@ -40,7 +51,7 @@ def save_gif(path: Path, frames: list[torch.Tensor], milliseconds: int = 120, ho
 
 def save_loss_curve(path: Path, steps: list[int], losses: list[float]) -> None:
     """Draw the loss of every step, and its running mean over a fiftieth of the run, on a logarithmic scale."""
-    from matplotlib.figure import Figure  # slow to import, and needed only here
+    from matplotlib.figure import Figure
 
     window = max(len(losses) // 50, 1)
     sums = torch.tensor([0.0, *losses], dtype=torch.float64).cumsum(0)

@@ -177,7 +177,9 @@ class Denoiser(nn.Module):
         """
         dtype = next(self.model.parameters()).dtype
         x = x.to(dtype)
-        sigma = torch.as_tensor(sigma, dtype=dtype, device=x.device).expand(x.shape[0])
+        if not isinstance(sigma, torch.Tensor):
+            sigma = x.new_full((), sigma)  # unlike a copy of the number, this does not wait for a GPU
+        sigma = sigma.to(x).expand(x.shape[0])
         c_skip, c_out, c_in = (
             c(sigma)[:, None, None, None]
             for c in (self.preconditioning.c_skip, self.preconditioning.c_out, self.preconditioning.c_in)

@@ -44,6 +44,8 @@ def check(value: object, kind: type, bounds: dict, where: str):
             raise UserError(f"{where}: must be a list of whole numbers, such as [2, 2, 2], not {brief(value)}")
         return tuple(check(item, int, bounds, where) for item in value)
     if kind is str:
+        if isinstance(value, bool) and "true" in bounds.get("choices", ()):
+            value = str(value).lower()  # YAML's true and false, where they are two of several choices
         if not isinstance(value, str) or not value:
             raise UserError(f"{where}: must be text, not {brief(value)}")
         choices = bounds.get("choices")

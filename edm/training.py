@@ -66,6 +66,7 @@ def train(
         if not processes.is_first:
             take_up(learner, contents, folder.path)
         first_step, losses = contents.get("step", 0), contents.get("losses", torch.zeros(0)).tolist()
+        learner.compile(training.num_training_steps - first_step, contents.get("compiled", False if first_step else None))
         del contents  # its tensors are views of a file that may be deleted
         log = LossLog(
             folder.metrics if processes.is_first else None,

@@ -105,7 +105,7 @@ def test_ema_matches_its_closed_form():
     ema = EMA(net, halflife_images=1000, rampup_ratio=1e9)
     nn.init.ones_(net.weight)
     for step in range(1, 51):
-        ema.update(net, images_seen=20 * step, batch_size=20)
+        ema.update(images_seen=20 * step, batch_size=20)
     assert ema.net.weight.item() == pytest.approx(0.5, abs=1e-5)  # 1000 images: one half-life
     assert net.weight.item() == 1
     assert not ema.net.weight.requires_grad
