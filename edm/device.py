@@ -1,7 +1,9 @@
 """Where the arithmetic runs, and in which precision."""
 
 import contextlib
+import ctypes
 import re
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -54,6 +56,16 @@ def autocast(device: torch.device, precision: torch.dtype) -> contextlib.Abstrac
     bf16 by less than 6% and 12% (`tests/test_fast_paths.py`).
     """
     return contextlib.nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
+
+
+def keep_memory() -> None:
+    """Have the C library keep freed memory for the next step. Left alone, glibc hands blocks as large as a batch's features
+    back to the system, which clears them anew in every step: a twentieth of a training step's time on a CPU."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # other C libraries have no such function
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
 def is_out_of_memory(error: Exception) -> bool:

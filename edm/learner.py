@@ -11,7 +11,7 @@ from edm.augment import augment
 from edm.compiling import compile_network, is_wanted
 from edm.config import Config, chosen
 from edm.data import to_model_range
-from edm.device import autocast, autocast_dtype
+from edm.device import autocast, autocast_dtype, keep_memory
 from edm.distributed import Processes
 from edm.ema import EMA
 from edm.errors import UserError
@@ -34,6 +34,8 @@ class Learner:
 
     def __init__(self, config: Config, device: torch.device, processes: Processes | None = None):
         training = config.training
+        if device.type == "cpu":
+            keep_memory()
         torch.manual_seed(seed_for(training.seed, "initial weights"))
         # Channels last is what convolutions are fastest in. It moves D and its gradients by less than 2e-5 of their size.
         net = build_denoiser(config).to(device, memory_format=torch.channels_last).train()
