@@ -121,6 +121,17 @@ def test_no_is_a_word(tmp_path):
     assert configs.load(path).training.mixed_precision == "no"
 
 
+@pytest.mark.parametrize("text", ["true", "false", "auto", "True"])
+def test_true_and_false_are_choices_where_there_is_a_third(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"training:\n  compile: {text}\n")
+    assert configs.load(path).training.compile == text.lower()
+    assert configs.from_dict(configs.load(path).to_dict(), "x", "x") == dataclasses.replace(configs.load(path), name="x")
+    path.write_text(f"training:\n  mixed_precision: {text}x\n")
+    with pytest.raises(UserError, match="unknown choice"):
+        configs.load(path)
+
+
 def test_infinity_as_people_write_it(tmp_path):
     for text in ("inf", ".inf"):
         assert configs.from_dict({}, "x", "x", [f"sampler.S_max={text}"]).sampler.S_max == math.inf

@@ -13,6 +13,7 @@ from PIL import Image
 from edm.data import batches, open_dataset, shuffled_batches, streamed_batches, to_model_range, to_uint8, whole
 from edm.digits import draw_digits
 from edm.errors import UserError
+from edm.pictures import from_pil, to_pil
 
 CPU = torch.device("cpu")
 SHARED = ROOT.parent / "shared" / "data"
@@ -61,6 +62,18 @@ def test_missing_mnist_names_the_ways_out(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"Error downloading.*--data_root.*configs/quickstart.yaml") as error:
         open_dataset("mnist", "data", 32, 1, 0)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_pixels_keep_their_place_between_pillow_and_tensors(mode):
+    image = (
+        Image.effect_noise((5, 3), 100) if mode == "L" else Image.effect_mandelbrot((5, 3), (-2, -1, 1, 1), 9).convert("RGB")
+    )
+    image.putpixel((4, 1), 77 if mode == "L" else (10, 20, 30))
+    tensor = from_pil(image)
+    assert tensor.shape == (len(mode), 3, 5)
+    assert tensor[:, 1, 4].tolist() == ([77] if mode == "L" else [10, 20, 30])
+    assert to_pil(tensor).tobytes() == image.tobytes()
 
 
 def test_image_folder_crops_the_centre_resizes_and_takes_every_kind_of_image(tmp_path):
