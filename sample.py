@@ -50,7 +50,7 @@ def main() -> None:
         "--compile",
         choices=["auto", "true", "false"],
         default="auto",
-        help="compile the network; auto does on CUDA, for many batches (default: auto)",
+        help="compile the network; auto does on CUDA, where ten minutes of work are to come (default: auto)",
     )
     parser.add_argument(
         "--export",

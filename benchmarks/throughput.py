@@ -7,6 +7,7 @@ matrix product and a large convolution (forward, and with both gradients) in the
 repeat, as machines change their pace. All figures are medians over the repeats.
 """
 
+import gc
 import json
 import resource
 import sys
@@ -23,9 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from edm import config as configs  # noqa: E402
 from edm.cli import Parser, run, whole_number  # noqa: E402
+from edm.compiling import is_compiled  # noqa: E402
 from edm.config import Config  # noqa: E402
 from edm.data import batches, open_dataset  # noqa: E402
-from edm.device import autocast_dtype, explain_out_of_memory, pick_device  # noqa: E402
+from edm.device import autocast_dtype, explain_out_of_memory, keep_memory, pick_device, wait_for  # noqa: E402
 from edm.files import write_whole  # noqa: E402
 from edm.generate import build_denoiser, generate  # noqa: E402
 from edm.learner import Learner  # noqa: E402
@@ -33,24 +35,19 @@ from edm.learner import Learner  # noqa: E402
 IMPORTS = time.perf_counter() - BEGAN
 
 
-def wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
 def seconds(device: torch.device, action: Callable[[], object]) -> float:
     """How long an action takes on the device, by the GPU's own clock on CUDA."""
-    wait(device)
+    wait_for(device)
     if device.type == "cuda":
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         events[0].record()
         action()
         events[1].record()
-        wait(device)
+        wait_for(device)
         return events[0].elapsed_time(events[1]) / 1000
     began = time.perf_counter()
     action()
-    wait(device)
+    wait_for(device)
     return time.perf_counter() - began
 
 
@@ -67,16 +64,20 @@ class Yardsticks:
         inputs = [leaf, *convolution.parameters()]
         flops = 2 * x.numel() * 256 * 9
         self.device, self.precision = device, precision
+        self.megabytes = torch.cuda.memory_allocated(device) / 1e6 if device.type == "cuda" else 0
         self.actions = {
             "matmul": (2 * size**3, lambda: a @ b),
             "convolution": (flops, torch.no_grad()(lambda: convolution(x))),
             "convolution and gradients": (3 * flops, lambda: torch.autograd.grad(convolution(leaf), inputs, x)),
         }
-        self.rates()
 
     def rates(self) -> dict[str, float]:
         """FLOP/s of each."""
-        return {name: flops / seconds(self.device, action) for name, (flops, action) in self.actions.items()}
+        times = 10 if self.device.type == "cuda" else 1  # in a row, as launching one takes a while
+        return {
+            name: times * flops / seconds(self.device, lambda action=action: [action() for _ in range(times)])
+            for name, (flops, action) in self.actions.items()
+        }
 
 
 def measured(action: Callable[[], object], flops: float, images: int, yardsticks: Yardsticks, repeats: int) -> dict:
@@ -84,14 +85,16 @@ def measured(action: Callable[[], object], flops: float, images: int, yardsticks
     device = yardsticks.device
     reset_peak_memory(device)
     action()
-    row = {"peak_mb": peak_memory(device)}
+    row = {"peak_mb": peak_memory(device) - yardsticks.megabytes}
     times, rates = [], []
+    yardsticks.rates()
     for _ in range(repeats):
         rates.append(yardsticks.rates())
         times.append(seconds(device, action))
     row |= {"ms": 1000 * median(times), "images_per_s": images / median(times), "tflop_per_s": flops / median(times) / 1e12}
     for name in yardsticks.actions:
-        row[f"percent_of_{name.replace(' ', '_')}"] = 100 * flops / median(times) / median(rate[name] for rate in rates)
+        peak, key = median(rate[name] for rate in rates), name.replace(" ", "_")
+        row |= {f"{key}_tflop_per_s": peak / 1e12, f"percent_of_{key}": 100 * flops / median(times) / peak}
     return row
 
 
@@ -103,13 +106,21 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """In MB: on CUDA what PyTorch has taken up since the last reset, elsewhere the whole process's resident size (its highest
-    since the last reset on Linux, and ever on other systems)."""
+    """In MB: on CUDA the most that tensors have taken up since the last reset, elsewhere the highest resident size of the whole
+    process (since the last reset on Linux, and ever on other systems)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     if Path("/proc/self/status").exists():
         return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def forget() -> None:
+    """Let go of the networks before, and of what was compiled for them."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def forward_flops(config: Config) -> int:
@@ -122,9 +133,12 @@ def forward_flops(config: Config) -> int:
 def training(config: Config, device: torch.device, yardsticks: Yardsticks, repeats: int) -> tuple[dict, dict]:
     """The row of training steps, and the parts' shares in one."""
     data, batch_size = config.data, config.training.batch_size
+    if device.type == "cpu":
+        keep_memory()
     dataset = open_dataset(data.dataset, data.root, data.resolution, data.channels, config.network.label_dim)
     stream = batches(dataset, batch_size, 0, 0, device, data.max_resident_mb)
     next(stream)
+    forget()
     began, step = time.perf_counter(), 1
     learner = Learner(config, device)
     learner.compile(10**9, None)
@@ -137,10 +151,10 @@ def training(config: Config, device: torch.device, yardsticks: Yardsticks, repea
             learner.step(*next(stream), step)
 
     learner.step(*next(stream), 1)
-    wait(device)
+    wait_for(device)
     first = time.perf_counter() - began
     row = measured(train, 3 * steps * batch_size * forward_flops(config), steps * batch_size, yardsticks, repeats)
-    row = {"what": "training", "batch": batch_size, "compiled": learner.is_compiled, "first_s": first, **row}
+    row = {"what": "training", "batch": batch_size, "compiled": is_compiled(learner.net.model), "first_s": first, **row}
     row["ms"] /= steps
     return row, shares(learner, stream, repeats)
 
@@ -150,39 +164,46 @@ def shares(learner: Learner, stream: Iterable, repeats: int) -> dict:
     device, batch_size, now = learner.device, learner.config.training.batch_size, {}
     parts = {
         "data": lambda: now.update(batch=next(stream)),
-        "draws": lambda: now.update(parts=learner.parts(learner.draw(*now["batch"], 1))),
-        "forward": lambda: now.update(losses=[learner.forward(learner.net, part) for part in now["parts"]]),
-        "backward": lambda: [learner.scaler.scale(loss).backward() for loss in now["losses"]],
+        "draws": lambda: now.update(drawn=learner.parts(learner.draw(*now["batch"], 1))),
+        "forward": lambda: now.update(loss=learner.forward(learner.net, now["part"])),
+        "backward": lambda: learner.scaler.scale(now["loss"]).backward(),
         "optimizer": lambda: learner.update(10**6, batch_size),
         "ema": lambda: learner.ema.update(10**6, batch_size),
     }
     times = {name: [] for name in parts}
     for _ in range(repeats):
         learner.optimizer.zero_grad(set_to_none=True)
-        for name, action in parts.items():
-            times[name].append(seconds(device, action))
+        took = {name: seconds(device, parts[name]) for name in ("data", "draws")} | {"forward": 0.0, "backward": 0.0}
+        for part in now["drawn"]:
+            now["part"] = part
+            for name in ("forward", "backward"):
+                took[name] += seconds(device, parts[name])
+        took |= {name: seconds(device, parts[name]) for name in ("optimizer", "ema")}
+        took["optimizer"] = max(took["optimizer"] - took["ema"], 0)  # which it was timed with
+        for name, value in took.items():
+            times[name].append(value)
     typical = {name: median(values) for name, values in times.items()}
-    typical["optimizer"] -= typical["ema"]  # which it was timed with
     return {name: 100 * value / sum(typical.values()) for name, value in typical.items()}
 
 
 def sampling(config: Config, device: torch.device, yardsticks: Yardsticks, repeats: int) -> dict:
     """The row of sampling one batch, from noise to images."""
     sampler, batch_size, precision = config.sampler, config.training.batch_size, yardsticks.precision
+    forget()
     began = time.perf_counter()
     net = build_denoiser(config).to(device, memory_format=torch.channels_last).eval()
 
-    def sample(compile: str = "false") -> None:
-        list(generate(net, list(range(batch_size)), config, device, batch_size, precision, compile=compile))
+    def sample() -> None:
+        list(generate(net, list(range(batch_size)), config, device, batch_size, precision, compile=config.training.compile))
 
-    sample(config.training.compile)
-    wait(device)
+    sample()
+    wait_for(device)
     first = time.perf_counter() - began
     evaluations = (2 * sampler.sampling_steps - 1 if sampler.solver == "heun" else sampler.sampling_steps) * (
         1 if sampler.guidance == 1 else 2
     )
     row = measured(sample, evaluations * batch_size * forward_flops(config), batch_size, yardsticks, repeats)
-    return {"what": "sampling", "batch": batch_size, "compiled": "forward" in vars(net.model), "first_s": first, **row}
+    return {"what": "sampling", "batch": batch_size, "compiled": is_compiled(net.model), "first_s": first, **row}
 
 
 COLUMNS = {
@@ -206,14 +227,18 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace any entry of the config")
     parser.add_argument("--config_path", default="configs/edm.yaml", help="the YAML config")
     parser.add_argument("--batch_sizes", help="such as 16,64 (default: the config's)")
-    parser.add_argument("--compile", choices=["true", "false", "both"], default="false", help="measure the compiled network")
+    parser.add_argument(
+        "--compile",
+        choices=["auto", "true", "false", "both"],
+        help="measure the compiled network (default: as in the config)",
+    )
     parser.add_argument("--repeats", type=whole_number(1), default=5, help="how often each is timed (default: 5)")
     parser.add_argument("--device", help="cuda, mps or cpu; by default the first of them that there is")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     args = parser.parse_intermixed_args()
     config = configs.load(args.config_path, args.overrides)
     sizes = args.batch_sizes.split(",") if args.batch_sizes is not None else [config.training.batch_size]
-    choices = ["false", "true"] if args.compile == "both" else [args.compile]
+    choices = ["false", "true"] if args.compile == "both" else [args.compile or config.training.compile]
     runs = [
         configs.load(args.config_path, [*args.overrides, f"training.batch_size={size}", f"training.compile={choice}"])
         for size in sizes
@@ -229,21 +254,25 @@ def main() -> None:
         "precision": str(precision).removeprefix("torch."),
         "imports_s": IMPORTS,
         "forward_gflop": forward_flops(config) / 1e9,
-        "yardsticks_tflop_per_s": {name: rate / 1e12 for name, rate in yardsticks.rates().items()},
     }
-    print(json.dumps(machine))
-    print(HEADING)
     rows = []
-    for config in runs:
-        with explain_out_of_memory(f"leave out --batch_sizes {config.training.batch_size}"):
-            row, parts = training(config, device, yardsticks, args.repeats)
+
+    def save() -> None:
+        if args.json:
+            report = {"machine": machine, "config": config.to_dict(), "rows": rows}
+            write_whole(args.json, lambda file: file.write(json.dumps(report, indent=1).encode()))
+
+    save()  # or say at once that it cannot be
+    print(json.dumps(machine))
+    print(HEADING, flush=True)
+    for case in runs:
+        with explain_out_of_memory(f"leave out --batch_sizes {case.training.batch_size}"):
+            row, parts = training(case, device, yardsticks, args.repeats)
             show(row)
             print("  of a step: " + ", ".join(f"{name} {share:.1f}%" for name, share in parts.items()))
-            rows += [{**row, "shares": parts}, sampling(config, device, yardsticks, args.repeats)]
+            rows += [{**row, "shares": parts}, sampling(case, device, yardsticks, args.repeats)]
             show(rows[-1])
-    if args.json:
-        report = {"machine": machine, "config": config.to_dict(), "rows": rows}
-        write_whole(args.json, lambda file: file.write(json.dumps(report, indent=1).encode()))
+            save()
 
 
 def show(row: dict) -> None:

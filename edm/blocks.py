@@ -51,7 +51,7 @@ def activate(x: torch.Tensor) -> torch.Tensor:
 
 
 def dropout(x: torch.Tensor, probability: float) -> torch.Tensor:
-    """Set features to 0 with the given probability, and scale up the others so that the mean stays.
+    """Set features of a dense x to 0 with the given probability, and scale up the others so that the mean stays.
 
     PyTorch's own, but on the CPU, where that draws a number for each feature, one after the other, and takes up to a fifth of a
     training step. There, 16 random bits decide about a feature, so its probability is a multiple of 2^-16 (0.10 is 0.100006).
@@ -175,10 +175,15 @@ class Block(nn.Module):
             h = activate(self.norm1(h.add_(e)))
         if self.training:
             h = dropout(h, self.dropout)
-        x = self.conv1(h).add_(self.skip(self.resample(x))).mul_(self.skip_scale)  # in place, as nobody else has it
+        x = self.joined(self.conv1(h), self.skip(self.resample(x)))
         if self.heads:
-            x = self.proj(self.attend(self.qkv(self.norm2(x)))).add_(x).mul_(self.skip_scale)
+            x = self.joined(self.proj(self.attend(self.qkv(self.norm2(x)))), x)
         return x
+
+    def joined(self, h: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        """(h + skip) skip_scale, in the place of h, which nobody else has."""
+        h.add_(skip)
+        return h if self.skip_scale == 1 else h.mul_(self.skip_scale)
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """(B, 3 C, H, W), heads in blocks, the roles query, key, value interleaved fastest -> (B, C, H, W)."""

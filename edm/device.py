@@ -58,9 +58,15 @@ def autocast(device: torch.device, precision: torch.dtype) -> contextlib.Abstrac
     return contextlib.nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done all that it was told."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
 def keep_memory() -> None:
-    """Have the C library keep freed memory for the next step. Left alone, glibc hands blocks as large as a batch's features
-    back to the system, which clears them anew in every step: a twentieth of a training step's time on a CPU."""
+    """Have the C library keep freed memory, until the process ends, for the next step. Left alone, glibc hands blocks as large
+    as a batch's features back to the system, which clears them anew in every step: a twentieth of a training step on a CPU."""
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # other C libraries have no such function
             mallopt = ctypes.CDLL(None).mallopt

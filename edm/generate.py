@@ -1,5 +1,6 @@
 """From a checkpoint and seeds to images."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -102,10 +103,20 @@ def generate(
     sigma_steps, schedule = sampling_plan(config)
     sigma_data = config.preconditioning.sigma_data
     batch_size = min(batch_size, math.ceil(len(seeds) / processes.size))
+    batch_size = math.ceil(len(seeds) / math.ceil(len(seeds) / batch_size))  # all about the same
     batches = [seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)]
-    evaluations = len(batches) * sampler.sampling_steps * (2 if sampler.solver == "heun" else 1)
-    compiled = is_wanted(compile, device, evaluations) and compile_denoiser(denoiser, config, device, batch_size, precision)
     rounds = [batches[i : i + processes.size] for i in range(0, len(batches), processes.size)]
+
+    def rehearse() -> None:
+        labels = class_labels(seeds[:1] * batch_size, config.network.label_dim)
+        with torch.no_grad(), autocast(device, precision):
+            x = torch.zeros(batch_size, *shape, device=device)
+            guided(denoiser, sampler.guidance)(x, 1.0, labels if labels is None else labels.to(device))
+
+    evaluations = len(rounds) * sampler.sampling_steps * (2 if sampler.solver == "heun" else 1)
+    compiled = processes.highest(is_wanted(compile, device, rehearse, evaluations)) and compile_network(
+        denoiser.model, rehearse, cuda_graphs=device.type == "cuda"
+    )
 
     def frames(batch: list[int], bar: tqdm) -> torch.Tensor:
         count = len(batch)
@@ -142,19 +153,6 @@ def generate(
         for batches in rounds:
             made = frames(batches[processes.rank], bar) if processes.rank < len(batches) else None
             yield from (part for part in processes.gather(made) if part is not None)
-
-
-def compile_denoiser(denoiser: Denoiser, config: Config, device: torch.device, batch_size: int, precision: torch.dtype) -> bool:
-    """Compile the network for sampling batches of one size, as CUDA graphs on CUDA; returns whether that worked."""
-    x = torch.zeros(batch_size, config.data.channels, config.data.resolution, config.data.resolution, device=device)
-    labels = class_labels(list(range(batch_size)), config.network.label_dim)
-
-    def rehearse() -> None:
-        with torch.no_grad(), autocast(device, precision):
-            guided(denoiser, config.sampler.guidance)(x, 1.0, labels if labels is None else labels.to(device))
-
-    print("Compiling the network, which takes a minute or two ...")
-    return compile_network(denoiser.model, rehearse, cuda_graphs=device.type == "cuda")
 
 
 def largest_batch_size(denoiser: Denoiser, config: Config, device: torch.device, precision: torch.dtype) -> int:
@@ -223,7 +221,8 @@ def write_samples(
 
     folder = output_dir or Path("output/image") / config.data.dataset / "sample" / config.name
     precision = autocast_dtype(mixed_precision, device)
-    batch_size = batch_size or largest_batch_size(denoiser, config, device, precision)
+    if batch_size is None:  # the processes', whose GPUs may not have the same memory at hand, agree on the smallest
+        batch_size = -processes.highest(-largest_batch_size(denoiser, config, device, precision))
     batches = generate(denoiser, seeds, config, device, batch_size, precision, class_index, gif, compile, processes)
 
     def write(seeds: list[int], images: torch.Tensor) -> None:
@@ -231,7 +230,7 @@ def write_samples(
             pictures.save_image(folder / "images" / f"{seed:06d}.png", image)
 
     shown, done = [], 0  # (frames, B, C, H, W) of the batches in the grid; how many images were made
-    with ThreadPoolExecutor(1) as writer:  # a batch is written while the next one is computed
+    with contextlib.closing(batches), ThreadPoolExecutor(1) as writer:  # a batch is written while the next one is computed
         written = writer.submit(write, [], [])
         for frames in batches:
             written.result()

@@ -8,10 +8,10 @@ from torch.nn.functional import one_hot
 
 from edm import checkpoint
 from edm.augment import augment
-from edm.compiling import compile_network, is_wanted
+from edm.compiling import compile_network, is_compiled, is_launch_bound, is_wanted
 from edm.config import Config, chosen
 from edm.data import to_model_range
-from edm.device import autocast, autocast_dtype, keep_memory
+from edm.device import autocast, autocast_dtype
 from edm.distributed import Processes
 from edm.ema import EMA
 from edm.errors import UserError
@@ -19,8 +19,6 @@ from edm.generate import build_denoiser
 from edm.loss import NOISE_DISTRIBUTIONS, WEIGHTINGS, denoising_loss
 from edm.published import is_plain
 from edm.randomness import generator_for, seed_for
-
-SMALL = 10_000_000  # parameters; the small networks' kernels are done sooner than they are launched
 
 
 class Learner:
@@ -34,8 +32,6 @@ class Learner:
 
     def __init__(self, config: Config, device: torch.device, processes: Processes | None = None):
         training = config.training
-        if device.type == "cpu":
-            keep_memory()
         torch.manual_seed(seed_for(training.seed, "initial weights"))
         # Channels last is what convolutions are fastest in. It moves D and its gradients by less than 2e-5 of their size.
         net = build_denoiser(config).to(device, memory_format=torch.channels_last).train()
@@ -52,7 +48,6 @@ class Learner:
             fused=device.type != "mps",
         )
         self.parameters = list(net.parameters())
-        self.is_compiled = False
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.noise_distribution = chosen(NOISE_DISTRIBUTIONS, config.loss.noise_distribution, config.loss)
 
@@ -119,7 +114,7 @@ class Learner:
         """Adam's step with the gradients at hand, then the average's."""
         training = self.config.training
         self.scaler.unscale_(self.optimizer)  # notes an overflow, before the gradients are mended
-        for parameter in self.parameters:
+        for parameter in self.parameters:  # one by one, as PyTorch cannot do this for all at once
             torch.nan_to_num(parameter.grad, nan=0, posinf=1e5, neginf=-1e5, out=parameter.grad)
         if training.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, training.max_grad_norm)
@@ -140,22 +135,22 @@ class Learner:
             decided: whether it was compiled, in a run that goes on.
         """
         data, training = self.config.data, self.config.training
-        if not is_wanted(training.compile, self.device, steps, decided):
-            return
         mine = self.processes.share(training.batch_size)
         count = mine.stop - mine.start
         images = torch.zeros(count, data.channels, data.resolution, data.resolution, dtype=torch.uint8, device=self.device)
-        part = self.parts(self.draw(images, torch.zeros(count, dtype=torch.int64, device=self.device), step=0))[0]
+        parts = self.parts(self.draw(images, torch.zeros(count, dtype=torch.int64, device=self.device), step=0))
 
         def rehearse() -> None:  # without the other processes, should it fail in one of them
-            self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(self.forward(self.net, part)).backward()
+            for part in {len(part["y"]): part for part in parts}.values():  # one of each length
+                self.scaler.scale(self.forward(self.net, part)).backward()
+                self.optimizer.zero_grad(set_to_none=True)
 
-        # Where launching takes longer than computing; and gradients that add up must not be a graph's own memory.
-        small = sum(parameter.numel() for parameter in self.parameters) < SMALL
-        cuda_graphs = self.device.type == "cuda" and small and training.accumulation == 1 and self.processes.size == 1
-        print("Compiling the network, which takes a minute or two ...")
-        self.is_compiled = compile_network(self.net.model, rehearse, cuda_graphs)
+        wanted = is_wanted(training.compile, self.device, rehearse, steps * training.accumulation, decided)
+        if self.processes.highest(wanted):
+            parameters = sum(parameter.numel() for parameter in self.parameters)
+            cuda_graphs = is_launch_bound(self.device, parameters, training.accumulation, self.processes.size)
+            compile_network(self.net.model, rehearse, cuda_graphs)
+            self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict:
         """Live views, not copies."""
@@ -164,7 +159,7 @@ class Learner:
             "ema": self.ema.net.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],  # its settings are the config's
             "scaler": self.scaler.state_dict(),
-            "compiled": self.is_compiled,
+            "compiled": is_compiled(self.net.model),
         }
 
     def load_state_dict(self, state: dict, path: Path) -> None:

@@ -34,4 +34,7 @@ class ImageNoise:
 
     def __call__(self) -> torch.Tensor:
         noise = torch.stack([torch.randn(self.shape, generator=g, dtype=torch.float64) for g in self.generators])
-        return noise.to(self.dtype).to(self.device)
+        noise = noise.to(self.dtype)
+        if self.device.type == "cuda":
+            noise = noise.pin_memory()  # else the copy would wait until the GPU has done all before it
+        return noise.to(self.device, non_blocking=True)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from edm import checkpoint, pictures
 from edm.config import Config
 from edm.data import batches, open_dataset
-from edm.device import explain_out_of_memory
+from edm.device import explain_out_of_memory, keep_memory
 from edm.distributed import Processes
 from edm.errors import Stopped, UserError, brief
 from edm.generate import generate, grid_columns
@@ -48,6 +48,8 @@ def train(
         raise UserError(
             f"training.batch_size: {training.batch_size} images cannot be divided between {processes.size} processes"
         )
+    if device.type == "cpu":
+        keep_memory()
     path = output_dir / "image" / data.dataset / config.name
     advice = (
         f"lower training.batch_size (now {training.batch_size}), raise training.accumulation (now {training.accumulation}) "

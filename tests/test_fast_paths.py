@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import shutil
+import time
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ def test_dropout_at_its_ends(probability):
 
 
 @pytest.mark.parametrize(
-    ("choice", "device", "evaluations", "decided", "wanted"),
+    ("choice", "device", "times", "decided", "wanted"),
     [
         ("true", "cpu", 1, False, True),
         ("false", "cuda", 10**6, True, False),
@@ -136,8 +137,42 @@ def test_dropout_at_its_ends(probability):
         ("auto", "cuda", 10, True, True),
     ],
 )
-def test_what_is_compiled(choice, device, evaluations, decided, wanted):
-    assert compiling.is_wanted(choice, torch.device(device), evaluations, decided) == wanted
+def test_what_is_compiled(choice, device, times, decided, wanted, monkeypatch):
+    """Where one time takes 10 milliseconds, and the first 2 seconds: what would take ten minutes."""
+    monkeypatch.setattr("edm.compiling.wait_for", lambda device: None)
+    durations = iter([2, 0.01])
+    assert compiling.is_wanted(choice, torch.device(device), lambda: time.sleep(next(durations)), times, decided) == wanted
+
+
+@pytest.mark.parametrize(
+    ("device", "parameters", "accumulation", "processes", "graphs"),
+    [("cuda", 10**6, 1, 1, True), ("cuda", 10**8, 1, 1, False), ("cuda", 10**6, 2, 1, False), ("cuda", 10**6, 1, 2, False)],
+)
+def test_cuda_graphs_are_for_small_networks_whose_gradients_nothing_else_needs(
+    device, parameters, accumulation, processes, graphs
+):
+    assert compiling.is_launch_bound(torch.device(device), parameters, accumulation, processes) == graphs
+    assert not compiling.is_launch_bound(CPU, parameters, accumulation, processes)
+
+
+@pytest.mark.parametrize("architecture", NETWORKS)
+def test_each_network_is_one_graph_and_beyond_the_compilers_limits_it_says_that_it_is_not_compiled(
+    architecture, monkeypatch, capsys
+):
+    """The compiler keeps so many programs of one function; what does not fit must not be taken for compiled."""
+    compile = torch.compile
+    monkeypatch.setattr("torch.compile", lambda forward, mode, **options: compile(forward, backend="eager", **options))
+    torch.compiler.reset()
+    outcomes = []
+    for size in range(1, 12):
+        net = network(architecture, channel_mult=(1,), attn_resolutions=(16,), num_blocks=1).eval()
+        x = torch.zeros(size, 3, 16, 16)
+        outcomes.append(compiling.compile_network(net.model, lambda net=net, x=x: net(x, 1.0), cuda_graphs=False))
+    torch.compiler.reset()
+    assert outcomes[0]
+    assert not outcomes[-1]
+    assert outcomes == sorted(outcomes, reverse=True)
+    assert capsys.readouterr().out.count("Not compiled, which is slower and else the same: ") == outcomes.count(False)
 
 
 def failing(function, **options):
@@ -162,17 +197,19 @@ def test_a_run_compiles_as_it_has_decided_before(tiny, script, monkeypatch):
     """The stand-in for torch.compile counts its calls, and computes the same."""
     calls = []
     monkeypatch.setattr("torch.compile", lambda function, **options: calls.append(options) or function)
-    monkeypatch.setattr("edm.compiling.LONG", 5)
     train = ["train_mnist.py", "--config_path", tiny]
     assert script(*train, "--num_training_steps", "3", "training.compile=true")[0] == 0
-    assert calls == [{"dynamic": False, "mode": None}]
+    assert calls == [{"dynamic": False, "fullgraph": True, "mode": None}]
     checkpoint = torch.load("output/image/image_folder/tiny/diffusion-3.pt", weights_only=True)
     assert checkpoint["compiled"] is True
     decisions = []
     monkeypatch.setattr("edm.learner.is_wanted", lambda *arguments: decisions.append(arguments) or False)
     assert script(*train, "--resume_from", "latest")[0] == 0
     assert script(*train, "--overwrite")[0] == 0
-    assert decisions == [("auto", CPU, 3, True), ("auto", CPU, 6, None)]
+    assert [(choice, device, *rest) for choice, device, rehearse, *rest in decisions] == [
+        ("auto", CPU, 3, True),
+        ("auto", CPU, 6, None),
+    ]
 
 
 def test_samples_of_a_compiled_network_are_those_of_seeds(tiny, script, monkeypatch):
@@ -248,7 +285,7 @@ def test_a_gpu_computes_what_the_cpu_does_compiled_or_not():
         learner = Learner(dataclasses.replace(config, training=training), torch.device(device))
         fill(learner.net).float()
         learner.compile(steps=10, decided=None)
-        assert learner.is_compiled == (choice == "true")
+        assert compiling.is_compiled(learner.net.model) == (choice == "true")
         learner.optimizer.zero_grad()
         learner.backward({key: part.to(device) for key, part in drawn.items()})
         gradients.append(torch.cat([parameter.grad.flatten().cpu() for parameter in learner.net.parameters()]))
