@@ -78,11 +78,11 @@ def run(main: Callable[[], None]) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
         sys.stdout, sys.stderr = streams
-        try:
-            if sys.stdout:
-                sys.stdout.flush()
-        except OSError:  # nor could it on leaving, which would change the exit code
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in filter(None, streams):
+            try:
+                stream.flush()
+            except OSError:  # nor could it on leaving, which would change the exit code
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Lossy:

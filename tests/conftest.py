@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in every script that a test starts: several tests run at once
+os.environ.pop("PYTHONUNBUFFERED", None)  # streams are buffered, as users' are
 
 import pytest
 import torch
