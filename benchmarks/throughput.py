@@ -7,14 +7,20 @@ matrix product and a large convolution (forward, and with both gradients) in the
 repeat, as machines change their pace. All figures are medians over the repeats.
 """
 
+import contextlib
 import gc
 import json
-import resource
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 BEGAN = time.perf_counter()
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -102,17 +108,18 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the highest resident size
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the highest resident size
 
 
 def peak_memory(device: torch.device) -> float:
     """In MB: on CUDA the most that tensors have taken up since the last reset, elsewhere the highest resident size of the whole
-    process (since the last reset on Linux, and ever on other systems)."""
+    process (since the last reset on Linux, ever on macOS; nan on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     if Path("/proc/self/status").exists():
         return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 if resource else math.nan
 
 
 def forget() -> None:
