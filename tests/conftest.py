@@ -1,5 +1,6 @@
 """What the tests share: a tiny data set, a tiny run, and a way to call the scripts as a user does."""
 
+import functools
 import json
 import os
 import runpy
@@ -60,7 +61,7 @@ def script(tmp_path, monkeypatch, capsys):
     Everything runs on the CPU unless the call says otherwise, so that images can be compared bit for bit."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", functools.cache(lambda: False))  # torch._dynamo looks into it
 
     def call(name: str, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
