@@ -23,8 +23,12 @@ def is_wanted(
         times: how often it will be done.
         decided: what "auto" has come to mean in this run before, if it has been started before.
     """
-    if choice != "auto" or device.type != "cuda" or decided is not None:
-        return choice == "true" or (choice == "auto" and device.type == "cuda" and decided is True)
+    if choice != "auto":
+        return choice == "true"
+    if device.type != "cuda":
+        return False
+    if decided is not None:
+        return decided
     rehearse()
     wait_for(device)
     began = time.perf_counter()

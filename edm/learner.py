@@ -145,7 +145,7 @@ class Learner:
                 self.scaler.scale(self.forward(self.net, part)).backward()
                 self.optimizer.zero_grad(set_to_none=True)
 
-        wanted = is_wanted(training.compile, self.device, rehearse, steps * training.accumulation, decided)
+        wanted = steps > 0 and is_wanted(training.compile, self.device, rehearse, steps * training.accumulation, decided)
         if self.processes.highest(wanted):
             parameters = sum(parameter.numel() for parameter in self.parameters)
             cuda_graphs = is_launch_bound(self.device, parameters, training.accumulation, self.processes.size)
