@@ -3,7 +3,8 @@
 E over y, sigma, n of  lambda(sigma) |D(y + n; sigma) - y|^2,   n ~ N(0, sigma^2 I)
 
 A noise distribution maps draws of a simple kind, a tensor of any shape, to noise levels: `sigma(draw)`; and makes
-(batch_size,) of them on the generator's device: `sample(batch_size, generator)`.
+(batch_size,) of them on the generator's device: `sample(batch_size, generator)`. One that learns from the losses what to draw
+(`ddpm.ImportanceSampledTimesteps`) has a say in the other methods of `NoiseDistribution`, too.
 """
 
 from dataclasses import dataclass
@@ -13,8 +14,23 @@ import torch
 from edm.schedule import VP, iddpm_levels
 
 
+class NoiseDistribution:
+    """What training asks of it, beside `sample`."""
+
+    def importance(self, sigma: torch.Tensor) -> torch.Tensor:
+        """What makes the mean loss of such draws an estimate of the one that is to be minimised: sigma (B,) -> (B,)."""
+        return torch.ones_like(sigma)
+
+    def update(self, sigma: torch.Tensor, losses: torch.Tensor) -> None:
+        """Learn from a whole batch's noise levels and losses, (B,) each."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint must hold of it."""
+        return {}
+
+
 @dataclass(frozen=True)
-class LogNormal:
+class LogNormal(NoiseDistribution):
     """EDM's distribution of training noise levels: ln(sigma) ~ N(P_mean, P_std^2) (Table 1)."""
 
     P_mean: float = -1.2
@@ -27,7 +43,7 @@ class LogNormal:
         return self.sigma(torch.randn(batch_size, generator=generator, device=generator.device))
 
 
-class UniformDraws:
+class UniformDraws(NoiseDistribution):
     """Noise levels from draws that are uniform in [0, 1)."""
 
     def sample(self, batch_size: int, generator: torch.Generator) -> torch.Tensor:

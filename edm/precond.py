@@ -163,6 +163,7 @@ class Denoiser(nn.Module):
         sigma: torch.Tensor | float,
         labels: torch.Tensor | None = None,
         augment_labels: torch.Tensor | None = None,
+        all_outputs: bool = False,
     ) -> torch.Tensor:
         """Denoise, in the precision of the network's parameters (autocast reaches F alone).
 
@@ -171,6 +172,7 @@ class Denoiser(nn.Module):
             sigma: the noise level, above 0: a scalar or (B,).
             labels: one-hot (B, K), or None for the zero vector (unconditional).
             augment_labels: (B, A), or None for zeros. Only the training loss passes them.
+            all_outputs: put what else the network puts out (`outputs`) after D, along the channels.
 
         Returns:
             (B, C, H, W), the expected clean images.
@@ -185,7 +187,8 @@ class Denoiser(nn.Module):
             for c in (self.preconditioning.c_skip, self.preconditioning.c_out, self.preconditioning.c_in)
         )
         F = self.model(c_in * x, self.preconditioning.c_noise(sigma), labels, augment_labels)
-        return c_skip * x + c_out * F[:, : x.shape[1]].to(dtype)
+        D = c_skip * x + c_out * F[:, : x.shape[1]].to(dtype)
+        return torch.cat([D, F[:, x.shape[1] :].to(dtype)], dim=1) if all_outputs else D
 
     def round_sigma(self, sigma: float) -> float:
         """The nearest noise level that the network knows."""

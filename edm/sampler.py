@@ -101,12 +101,25 @@ def guided(denoiser, guidance: float):
     Args:
         denoiser: a conditional denoiser, trained with label dropout.
         guidance: 0 ignores the labels, 1 is plain conditional sampling (the denoiser itself), more exaggerates the class.
+
+    What else the network puts out (`all_outputs`), its variance, is the conditional one's.
     """
     if guidance == 1:
         return denoiser
 
-    def guided_denoiser(x, sigma, labels=None):
-        unconditional = denoiser(x, sigma)
-        return unconditional + guidance * (denoiser(x, sigma, labels) - unconditional)
+    def guided_denoiser(x, sigma, labels=None, **options):
+        unconditional, conditional = denoiser(x, sigma), denoiser(x, sigma, labels, **options)
+        D, others = conditional.tensor_split([x.shape[1]], dim=1)
+        return torch.cat([unconditional + guidance * (D - unconditional), others], dim=1)
 
     return guided_denoiser
+
+
+def clipped(denoiser):
+    """The denoiser with its images clipped to the data's range, [-1, 1], as DDPM's sampler has them."""
+
+    def clipped_denoiser(x, sigma, labels=None, **options):
+        D, others = denoiser(x, sigma, labels, **options).tensor_split([x.shape[1]], dim=1)
+        return torch.cat([D.clamp(-1, 1), others], dim=1)
+
+    return clipped_denoiser
