@@ -172,7 +172,7 @@ def shares(learner: Learner, stream: Iterable, repeats: int) -> dict:
     parts = {
         "data": lambda: now.update(batch=next(stream)),
         "draws": lambda: now.update(drawn=learner.parts(learner.draw(*now["batch"], 1))),
-        "forward": lambda: now.update(loss=learner.forward(learner.net, now["part"])),
+        "forward": lambda: now.update(loss=learner.forward(learner.net, **now["part"])[0]),
         "backward": lambda: learner.scaler.scale(now["loss"]).backward(),
         "optimizer": lambda: learner.update(10**6, batch_size),
         "ema": lambda: learner.ema.update(10**6, batch_size),

@@ -11,14 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from edm import choices
 from edm.augment import NUM_LABELS
+from edm.choices import DISTRIBUTIONS, FORMULATIONS, OBJECTIVES, SOLVERS
+from edm.ddpm import BETAS, VARIANCES, make_chain
 from edm.errors import UserError, brief, nearest
-from edm.loss import NOISE_DISTRIBUTIONS, WEIGHTINGS
-from edm.precond import PRECONDITIONINGS, Preconditioning
-from edm.sampler import SOLVERS
-from edm.schedule import DISCRETIZATIONS, SCALINGS, SCHEDULES, Schedule, table_1
+from edm.loss import WEIGHTINGS
+from edm.schedule import DISCRETIZATIONS, SCALINGS, SCHEDULES
 from edm.schema import number, one_of, read_section
 from edm.strictyaml import parse_yaml
 from edm.unet import NETWORKS
@@ -56,15 +55,24 @@ class NetworkConfig:
 class PreconditioningConfig:
     """How F becomes a denoiser."""
 
-    formulation: str = one_of("edm", *PRECONDITIONINGS)
+    formulation: str = one_of("edm", *FORMULATIONS)
     sigma_data: float = number(0.5, above=0)
+
+
+@dataclass(frozen=True)
+class ChainConfig:
+    """The chain of DDPM's and Improved DDPM's formulations, timesteps, objectives and solvers."""
+
+    schedule: str = one_of("linear", *BETAS)
+    num_timesteps: int = number(1000, at_least=2, at_most=100_000)
 
 
 @dataclass(frozen=True)
 class LossConfig:
     """At which noise levels it is trained, and with what weights."""
 
-    noise_distribution: str = one_of("lognormal", *NOISE_DISTRIBUTIONS)
+    objective: str = one_of("denoising", *OBJECTIVES)
+    noise_distribution: str = one_of("lognormal", *DISTRIBUTIONS)
     P_mean: float = number(-1.2, at_least=-20, at_most=20)
     P_std: float = number(1.2, at_least=0, at_most=20)
     weighting: str = one_of("edm", *WEIGHTINGS)
@@ -121,11 +129,13 @@ class SamplerConfig:
     rho: float = number(7.0, at_least=0.1, at_most=1000)
     solver: str = one_of("heun", *SOLVERS)
     alpha: float = number(1.0, above=0, at_most=1)
+    variance: str = one_of("fixed_small", *VARIANCES)
     S_churn: float = number(0.0, at_least=0)
     S_min: float = number(0.0, at_least=0)
     S_max: float = number(math.inf, at_least=0, at_most=math.inf)  # the only entry that may be infinite
     S_noise: float = number(1.0, above=0)
     guidance: float = number(1.0, at_least=-1000, at_most=1000)
+    clip: str = one_of("false", "true", "false")
 
 
 @dataclass(frozen=True)
@@ -136,6 +146,7 @@ class Config:
     data: DataConfig = DataConfig()
     network: NetworkConfig = NetworkConfig()
     preconditioning: PreconditioningConfig = PreconditioningConfig()
+    chain: ChainConfig = ChainConfig()
     loss: LossConfig = LossConfig()
     training: TrainingConfig = TrainingConfig()
     ema: EMAConfig = EMAConfig()
@@ -230,40 +241,6 @@ def parse_override(override: str) -> tuple[str, str, object]:
     return section, key, parse_yaml(text, f"command line: {path}")
 
 
-def chosen(table: dict[str, type], name: str, section: object):
-    """The object that a name in the config stands for, made with those of the section's entries that it has a use for."""
-    made = table[name]
-    return made(**{f.name: getattr(section, f.name) for f in dataclasses.fields(made) if hasattr(section, f.name)})
-
-
-def preconditioning(config: Config) -> Preconditioning:
-    """The config's formulation."""
-    return chosen(PRECONDITIONINGS, config.preconditioning.formulation, config.preconditioning)
-
-
-def sampling_plan(config: Config) -> tuple[torch.Tensor, Schedule]:
-    """The config's noise levels, within those that its formulation knows, and its schedule.
-
-    Raises:
-        ValueError: the choices do not fit together.
-    """
-    formulation, sampler = preconditioning(config), config.sampler
-    sigma_steps, schedule = table_1(
-        sampler.sampling_steps,
-        sampler.discretization,
-        sampler.schedule,
-        sampler.scaling,
-        sampler.sigma_min,
-        sampler.sigma_max,
-        sampler.rho,
-        supported=(formulation.sigma_min, formulation.sigma_max),
-    )
-    if sampler.S_churn > 0:  # the highest noise level that it can ask for must be one of the schedule's
-        gamma = min(sampler.S_churn / sampler.sampling_steps, math.sqrt(2) - 1)
-        schedule.t((1 + gamma) * min(sigma_steps[0].item(), max(sampler.S_max, sigma_steps[-2].item())))
-    return sigma_steps, schedule
-
-
 def check_combinations(config: Config, source: str) -> None:
     """What no entry says alone."""
     data, network, training, sampler = config.data, config.network, config.training, config.sampler
@@ -306,7 +283,15 @@ def check_combinations(config: Config, source: str) -> None:
     if training.batch_size % training.accumulation:
         refuse("training.accumulation", f"{training.accumulation} does not divide training.batch_size {training.batch_size}")
     try:
-        sampling_plan(config)
+        make_chain(config.chain.schedule, config.chain.num_timesteps)
+    except ValueError as error:
+        refuse("chain.num_timesteps", str(error))
+    try:
+        choices.objective(config)
+    except ValueError as error:
+        refuse("loss.objective", str(error))
+    try:
+        choices.sampler(config)
     except ValueError as error:
         refuse("sampler", str(error))
     if sampler.S_min > sampler.S_max:

@@ -1,11 +1,12 @@
-"""Where EDM came from: DDPM (Ho et al., 2020; its equations are cited as H4) and Improved DDPM (Nichol and Dhariwal, 2021: N15).
+"""Where EDM came from: DDPM (Ho et al., 2020; its equations are called H4 and so on) and Improved DDPM (Nichol and Dhariwal,
+2021; N15).
 
 A chain adds noise in T steps. Its image at timestep t = 0 .. T - 1 (the papers count from 1) is
 
     x_t = sqrt(abar_t) y + sqrt(1 - abar_t) epsilon = s_t (y + sigma_t epsilon),   sigma_t = sqrt((1 - abar_t) / abar_t)
 
-so that a network trained on the chain is a denoiser, at the noise levels sigma_t: what predicts epsilon predicts y. The bound is
-in bits per dimension, for 8-bit images in [-1, 1].
+so that a network trained on the chain is a denoiser, at the noise levels sigma_t: what predicts epsilon predicts y. The bound
+is in bits per dimension, for 8-bit images in [-1, 1].
 """
 
 import copy
@@ -164,8 +165,8 @@ def normal_divergence(
 
 
 def discretized_log_likelihood(y: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
-    """The log-probability of 8-bit values under a normal distribution, of which each has the part that is nearest to it; those at
-    the ends, -1 and 1, have all that is beyond them (H13)."""
+    """The log-probability of 8-bit values under a normal distribution, of which each has the part that is nearest to it; those
+    at the ends, -1 and 1, have all that is beyond them (H13)."""
 
     def cdf(z: torch.Tensor) -> torch.Tensor:  # of the unit normal distribution, nearly
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
@@ -192,7 +193,7 @@ def make_chain(
     """
     beta = BETAS[schedule](num_timesteps)
     if not beta.max() < 1:
-        raise ValueError(f"num_timesteps: {num_timesteps} is too few for the {schedule} schedule; it takes more than 20")
+        raise ValueError(f"{num_timesteps} are too few for the {schedule} schedule, which takes more than 20")
     chain = Chain((1 - beta).cumprod(dim=0), torch.arange(num_timesteps))
     return chain.like(torch.empty(0, dtype=dtype, device=device))
 

@@ -55,11 +55,14 @@ class Processes:
         """Around one of the parts that a batch is computed in: only the last one's backward pass averages."""
         return contextlib.nullcontext() if self.size == 1 or last else net.no_sync()
 
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """Of a tensor, over the processes, in place."""
-        if self.size > 1:
-            dist.all_reduce(value)
-        return value
+    def whole(self, mine: list[torch.Tensor], count: int) -> list[torch.Tensor]:
+        """Of tensors that each hold this process's `share` of `count` numbers: all of their numbers."""
+        if self.size == 1:
+            return mine
+        numbers = torch.zeros(len(mine), count, dtype=mine[0].dtype, device=mine[0].device)
+        numbers[:, self.share(count)] = torch.stack(mine)
+        dist.all_reduce(numbers)
+        return list(numbers)
 
     def highest(self, number: int) -> int:
         """Of the processes' numbers: how they agree."""

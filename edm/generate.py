@@ -11,17 +11,17 @@ import torch
 from torch.nn.functional import one_hot
 from tqdm import tqdm
 
-from edm import checkpoint, pictures
+from edm import checkpoint, choices, pictures
 from edm import config as configs
 from edm.compiling import compile_network, is_wanted
-from edm.config import Config, preconditioning, sampling_plan
+from edm.config import Config
 from edm.data import to_uint8
 from edm.device import autocast, autocast_dtype
 from edm.distributed import Processes
 from edm.errors import UserError
 from edm.precond import Denoiser
 from edm.randomness import ImageNoise
-from edm.sampler import guided, sample
+from edm.sampler import guided
 from edm.unet import NETWORKS
 
 MAX_PARAMETERS = 1_000_000_000  # of a network; the paper's largest has 296 million
@@ -35,7 +35,7 @@ def build_denoiser(config: Config, weights: dict | None = None, path: str | Path
     """
     options = dataclasses.asdict(config.network)
     architecture = NETWORKS[options.pop("architecture")]
-    formulation, channels = preconditioning(config), config.data.channels
+    formulation, channels = choices.preconditioning(config), config.data.channels
 
     def build() -> Denoiser:
         return Denoiser(architecture(config.data.resolution, channels, formulation.outputs * channels, **options), formulation)
@@ -77,7 +77,7 @@ def generate(
     batch_size: int,
     precision: torch.dtype = torch.float32,
     class_index: int | None = None,
-    every_step: bool = False,
+    num_frames: int = 1,
     compile: str = "false",
     processes: Processes | None = None,
 ) -> Iterator[torch.Tensor]:
@@ -89,19 +89,18 @@ def generate(
         batch_size: images at a time, of each process.
         precision: the network's, as `autocast_dtype` gives it.
         class_index: the class of all images; by default all classes in turn.
-        every_step: yield the sampler's every state, not only its last.
+        num_frames: how many of the sampler's states to yield at most, about evenly spaced, the last one being the samples.
         compile: whether to compile the network first, as in `compiling.is_wanted`.
         processes: between which the seeds are divided. All of them call; only the first yields anything.
 
     Yields:
-        (frames, B, C, H, W) uint8 on the CPU, batch after batch: the noisy images after each step, scaled to the data's
-        standard deviation, the last being the samples. Without `every_step`, frames is 1.
+        (frames, B, C, H, W) uint8 on the CPU, batch after batch: noisy images, scaled to the data's standard deviation.
     """
-    processes, sampler = processes or Processes(), config.sampler
+    processes, options, sampler = processes or Processes(), config.sampler, choices.sampler(config)
     shape = (config.data.channels, config.data.resolution, config.data.resolution)
     state_dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    sigma_steps, schedule = sampling_plan(config)
     sigma_data = config.preconditioning.sigma_data
+    shown = {math.ceil((frame + 1) * options.sampling_steps / num_frames) for frame in range(num_frames)}  # after these steps
     batch_size = min(batch_size, math.ceil(len(seeds) / processes.size))
     batch_size = math.ceil(len(seeds) / math.ceil(len(seeds) / batch_size))  # all about the same
     batches = [seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)]
@@ -111,9 +110,9 @@ def generate(
         labels = class_labels(seeds[:1] * batch_size, config.network.label_dim)
         with torch.no_grad(), autocast(device, precision):
             x = torch.zeros(batch_size, *shape, device=device)
-            guided(denoiser, sampler.guidance)(x, 1.0, labels if labels is None else labels.to(device))
+            guided(denoiser, options.guidance)(x, 1.0, labels if labels is None else labels.to(device))
 
-    evaluations = len(rounds) * sampler.sampling_steps * (2 if sampler.solver == "heun" else 1)
+    evaluations = len(rounds) * options.sampling_steps * (2 if options.solver == "heun" else 1)
     compiled = processes.highest(is_wanted(compile, device, rehearse, evaluations)) and compile_network(
         denoiser.model, rehearse, cuda_graphs=device.type == "cuda"
     )
@@ -124,31 +123,17 @@ def generate(
             batch = batch + batch[-1:] * (batch_size - count)  # the network was compiled for full batches
         noise = ImageNoise(batch, shape, device, state_dtype)
         labels = class_labels(batch, config.network.label_dim, class_index)
-        states = sample(
-            guided(denoiser, sampler.guidance),
-            noise(),
-            sigma_steps,
-            labels if labels is None else labels.to(device),
-            schedule,
-            solver=sampler.solver,
-            alpha=sampler.alpha,
-            S_churn=sampler.S_churn,
-            S_min=sampler.S_min,
-            S_max=sampler.S_max,
-            S_noise=sampler.S_noise,
-            noise=noise,
-            round_sigma=denoiser.round_sigma,
-        )
+        states = sampler(denoiser, noise(), labels if labels is None else labels.to(device), noise)
         kept = []
         with torch.no_grad(), autocast(device, precision):
-            for state in states:
-                if every_step or state.sigma == 0:
+            for step, state in enumerate(states, start=1):
+                if step in shown:
                     scale = sigma_data / (state.sigma**2 + sigma_data**2) ** 0.5
                     kept.append(to_uint8(state.x[:count] * scale).cpu())
                 bar.update()
         return torch.stack(kept)
 
-    total = len(rounds) * sampler.sampling_steps
+    total = len(rounds) * options.sampling_steps
     with tqdm(total=total, desc="sampling", unit="step", leave=False, disable=not processes.is_first) as bar:
         for batches in rounds:
             made = frames(batches[processes.rank], bar) if processes.rank < len(batches) else None
@@ -172,6 +157,7 @@ def largest_batch_size(denoiser: Denoiser, config: Config, device: torch.device,
     return 2 ** max(0, min(9, int(math.log2(0.75 * at_hand / max(each, 1)))))
 
 
+MAX_FRAMES = 64  # of a GIF
 MAX_GRID = 2500  # images in a grid; what comes after is written only as single files
 
 
@@ -223,7 +209,8 @@ def write_samples(
     precision = autocast_dtype(mixed_precision, device)
     if batch_size is None:  # the processes', whose GPUs may not have the same memory at hand, agree on the smallest
         batch_size = -processes.highest(-largest_batch_size(denoiser, config, device, precision))
-    batches = generate(denoiser, seeds, config, device, batch_size, precision, class_index, gif, compile, processes)
+    num_frames = MAX_FRAMES if gif else 1
+    batches = generate(denoiser, seeds, config, device, batch_size, precision, class_index, num_frames, compile, processes)
 
     def write(seeds: list[int], images: torch.Tensor) -> None:
         for seed, image in zip(seeds, images):

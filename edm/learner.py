@@ -6,23 +6,24 @@ import torch
 from torch import nn
 from torch.nn.functional import one_hot
 
-from edm import checkpoint
+from edm import checkpoint, choices
 from edm.augment import augment
 from edm.compiling import compile_network, is_compiled, is_launch_bound, is_wanted
-from edm.config import Config, chosen
+from edm.config import Config
 from edm.data import to_model_range
 from edm.device import autocast, autocast_dtype
 from edm.distributed import Processes
 from edm.ema import EMA
 from edm.errors import UserError
 from edm.generate import build_denoiser
-from edm.loss import NOISE_DISTRIBUTIONS, WEIGHTINGS, denoising_loss
+from edm.loss import WEIGHTINGS
 from edm.published import is_plain
 from edm.randomness import generator_for, seed_for
 
 
 class Learner:
-    """What a training step changes and a checkpoint holds: the network, its average, the optimizer, the gradient scaler.
+    """What a training step changes and a checkpoint holds: the network, its average, the optimizer, the gradient scaler, and
+    what the noise distribution has learned.
 
     Args:
         config: the run.
@@ -49,7 +50,9 @@ class Learner:
         )
         self.parameters = list(net.parameters())
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
-        self.noise_distribution = chosen(NOISE_DISTRIBUTIONS, config.loss.noise_distribution, config.loss)
+        self.objective = choices.objective(config)
+        with device:
+            self.noise_distribution = choices.noise_distribution(config)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
         """One training step, without waiting for the device.
@@ -65,12 +68,14 @@ class Learner:
         batch_size = self.config.training.batch_size
         drawn = self.draw(images, labels, step)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.backward(drawn)
+        losses = self.backward(drawn)
         self.update(step * batch_size, batch_size)
-        return self.processes.sum(loss)
+        sigma, importance, losses = self.processes.whole([drawn["sigma"], drawn["importance"], losses], batch_size)
+        self.noise_distribution.update(sigma, losses)
+        return (importance * losses).mean()
 
     def draw(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
-        """What the loss is computed from: clean images, noise, noise levels, weights and conditions of each image."""
+        """What the loss is computed from: clean images, noise, noise levels, weights, importance and conditions of each."""
         training, loss, network = self.config.training, self.config.loss, self.config.network
         batch_size, conditions = training.batch_size, {}
         mine = self.processes.share(batch_size)
@@ -85,25 +90,27 @@ class Learner:
         noise = torch.randn(batch_size, *y.shape[1:], generator=generator, device=self.device)[mine]
         n = noise * sigma[:, None, None, None]
         weight = WEIGHTINGS[loss.weighting](sigma, self.config.preconditioning.sigma_data)
+        importance = self.noise_distribution.importance(sigma)
         if network.label_dim:
             kept = torch.rand(batch_size, generator=generator, device=self.device)[mine] >= loss.label_dropout
             conditions["labels"] = one_hot(labels, network.label_dim) * kept[:, None]
-        return {"y": y, "n": n, "sigma": sigma, "weight": weight, **conditions}
+        return {"importance": importance, "y": y, "n": n, "sigma": sigma, "weight": weight, **conditions}
 
-    def forward(self, net: nn.Module, part: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What images of `draw` add to the loss of the whole batch."""
+    def forward(self, net: nn.Module, importance: torch.Tensor, **part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What images of `draw` add to the loss of the whole batch, and the loss of each, (b,)."""
         with autocast(self.device, self.precision):
-            return denoising_loss(net, **part).sum() / self.config.training.batch_size
+            losses = self.objective(net, **part)
+            return (importance * losses).sum() / self.config.training.batch_size, losses.detach()
 
     def backward(self, drawn: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Add up the gradients of the loss, part by part; returns this process's share of the loss."""
+        """Add up the gradients of the loss, part by part; returns the loss of each image, (b,)."""
         parts, losses = self.parts(drawn), []
         for part in parts:
             with self.processes.part(self.parallel_net, last=part is parts[-1]):
-                loss = self.forward(self.parallel_net, part)
+                loss, each = self.forward(self.parallel_net, **part)
                 self.scaler.scale(loss * self.processes.size).backward()  # whose gradients are averaged, not summed
-            losses.append(loss.detach())
-        return torch.stack(losses).sum()
+            losses.append(each)
+        return torch.cat(losses)
 
     def parts(self, drawn: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """The parts that a batch is computed in."""
@@ -142,7 +149,7 @@ class Learner:
 
         def rehearse() -> None:  # without the other processes, should it fail in one of them
             for part in {len(part["y"]): part for part in parts}.values():  # one of each length
-                self.scaler.scale(self.forward(self.net, part)).backward()
+                self.scaler.scale(self.forward(self.net, **part)[0]).backward()
                 self.optimizer.zero_grad(set_to_none=True)
 
         wanted = steps > 0 and is_wanted(training.compile, self.device, rehearse, steps * training.accumulation, decided)
@@ -159,6 +166,7 @@ class Learner:
             "ema": self.ema.net.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],  # its settings are the config's
             "scaler": self.scaler.state_dict(),
+            "noise_distribution": self.noise_distribution.state_dict(),
             "compiled": is_compiled(self.net.model),
         }
 
@@ -194,3 +202,16 @@ class Learner:
                 self.scaler.load_state_dict(state["scaler"])
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             raise UserError(f"the optimizer's or the scaler's state in {path} does not fit its network") from None
+        self.load_history(state.get("noise_distribution", {}), path)
+
+    def load_history(self, state: object, path: Path) -> None:
+        """What the noise distribution had learned, unless the run goes on with one that learns, or learned, nothing."""
+        own = self.noise_distribution.state_dict()
+        if not isinstance(state, dict):
+            raise UserError(f"the noise distribution's state in {path} is damaged")
+        if own and state:
+            if state.keys() != own.keys() or not all(
+                is_plain(state[key]) and state[key].shape == own[key].shape for key in own
+            ):
+                raise UserError(f"the noise distribution's state in {path} does not fit the config's")
+            self.noise_distribution.load_state_dict(state)

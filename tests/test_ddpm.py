@@ -10,19 +10,15 @@ from reference import assert_close, fresh_noise, wave
 from torch import nn
 
 from edm.ddpm import (
-    Chain,
-    ChainPreconditioning,
     HybridLoss,
     ImportanceSampledTimesteps,
     LearnedVariancePreconditioning,
     VariationalLoss,
     ancestral,
-    ddim,
     make_chain,
-    variational_bound,
 )
 from edm.precond import Denoiser
-from edm.sampler import clipped, sample
+from edm.sampler import clipped
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "improved_ddpm.json").read_text())
 SHAPE = (2, 1, 4, 4)

@@ -129,7 +129,7 @@ def test_label_dropout_hides_whole_labels(tiny, monkeypatch):
         seen.append(labels)
         return sum(p.sum() for p in denoiser.parameters()) * torch.ones(len(y))
 
-    monkeypatch.setattr("edm.learner.denoising_loss", spy)
+    monkeypatch.setattr("edm.choices.denoising_loss", spy)
     config = configs.load(tiny, ["loss.label_dropout=0.25", "training.batch_size=4000"])
     images = torch.zeros(4000, config.data.channels, 8, 8, dtype=torch.uint8)
     Learner(config, CPU).step(images, torch.ones(4000, dtype=torch.int64), 1)
@@ -154,7 +154,7 @@ def test_every_step_draws_anew_and_the_same_step_draws_the_same(tiny, monkeypatc
         seen.append(torch.cat([sigma, n.flatten()]))
         return sum(p.sum() for p in denoiser.parameters()) * torch.ones(len(y))
 
-    monkeypatch.setattr("edm.learner.denoising_loss", spy)
+    monkeypatch.setattr("edm.choices.denoising_loss", spy)
     learner = Learner(configs.load(tiny), CPU)
     images = torch.zeros(4, learner.config.data.channels, 8, 8, dtype=torch.uint8)
     for step in (1, 2, 1):
