@@ -72,7 +72,7 @@ def sample(
         denoised = denoiser(x / s, sigma, labels).to(x.dtype)
         return (dsigma / sigma + ds / s) * x - dsigma * s / sigma * denoised, denoised
 
-    sigma_steps = [round_sigma(sigma) for sigma in sigma_steps.tolist()]
+    sigma_steps = [*map(round_sigma, sigma_steps[:-1].tolist()), 0.0]
     num_steps = len(sigma_steps) - 1
     x = latents * sigma_steps[0]
     for sigma, sigma_next in pairwise(sigma_steps):
