@@ -73,7 +73,7 @@ def sampler(config: "Config") -> Callable[..., Iterator[State]]:
     if options.solver in ODE_SOLVERS:
         sigma_steps, schedule = sampling_plan(config)
     else:
-        chain = known_chain(config)
+        chain = known_chain(config, options.sampling_steps)
 
     def run(network: Denoiser, latents, labels, noise):
         denoiser = guided(network, options.guidance)
@@ -125,19 +125,17 @@ def sampling_plan(config: "Config") -> tuple[torch.Tensor, Schedule]:
     return sigma_steps, schedule
 
 
-def known_chain(config: "Config") -> ddpm.Chain:
-    """The timesteps that the chain's own samplers visit.
+def known_chain(config: "Config", num_steps: int) -> ddpm.Chain:
+    """So many timesteps of the config's chain.
 
     Raises:
         ValueError: they are more than the chain has, or the network knows other noise levels, or no variance.
     """
-    options, formulation, name = config.sampler, preconditioning(config), config.preconditioning.formulation
-    chain = make_chain(config.chain.schedule, config.chain.num_timesteps).strided(options.sampling_steps)
+    formulation, name = preconditioning(config), config.preconditioning.formulation
+    chain = make_chain(config.chain.schedule, config.chain.num_timesteps).strided(num_steps)
     if chain.sigma[-1] > formulation.sigma_max or not torch.equal(formulation.round_sigma(chain.sigma), chain.sigma):
-        raise ValueError(
-            f"{options.solver} visits the noise levels of a DDPM chain, and the formulation {name} knows others; "
-            f"solver can be {' or '.join(ODE_SOLVERS)}"
-        )
-    if options.solver == "ancestral" and options.variance == "learned_range" and name != "improved_ddpm":
+        known = f"solver can be {' or '.join(ODE_SOLVERS)}"
+        raise ValueError(f"the formulation {name} knows other noise levels than those of a DDPM chain; {known}")
+    if config.sampler.variance == "learned_range" and name != "improved_ddpm":
         raise ValueError(f"the formulation {name} has learned no variance; variance can be fixed_small or fixed_large")
     return chain

@@ -37,7 +37,7 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def open_dataset(dataset: str, root: str, resolution: int, channels: int, label_dim: int) -> Dataset:
+def open_dataset(dataset: str, root: str, resolution: int, channels: int, label_dim: int, test: bool = False) -> Dataset:
     """The training images of a data set.
 
     Args:
@@ -46,6 +46,7 @@ def open_dataset(dataset: str, root: str, resolution: int, channels: int, label_
         resolution: height and width, in pixels.
         channels: 1 (colour is turned to grey) or 3 (grey is repeated).
         label_dim: how many classes the network knows; 0 for none.
+        test: the test images instead, of data sets that have any (not digits, not image_folder).
 
     Returns:
         A map-style data set of (uint8 (channels, resolution, resolution), label).
@@ -57,7 +58,7 @@ def open_dataset(dataset: str, root: str, resolution: int, channels: int, label_
         opened = ImageFolder(root, resolution, channels)
         num_classes = len(opened.classes)
     else:
-        images, labels = draw_digits(resolution) if dataset == "digits" else torchvision_images(dataset, root, resolution)
+        images, labels = draw_digits(resolution) if dataset == "digits" else torchvision_images(dataset, root, resolution, test)
         opened = TensorDataset(with_channels(images, channels), labels)
         num_classes = 10
     if label_dim and num_classes > label_dim:
@@ -65,15 +66,15 @@ def open_dataset(dataset: str, root: str, resolution: int, channels: int, label_
     return opened
 
 
-def torchvision_images(dataset: str, root: str, resolution: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """All training images, (N, C, resolution, resolution) uint8, and labels, (N,). Smaller images are padded with black."""
+def torchvision_images(dataset: str, root: str, resolution: int, test: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """All training or test images, (N, C, resolution, resolution) uint8, and labels, (N,). Small ones are padded with black."""
     from torchvision import datasets  # slow to import, and needed only here
 
     cls = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[dataset]
     ours = Path(root).resolve().is_relative_to(Path.cwd())  # a stranger's config does not say where else to write
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # torchvision prints every mirror it tries
-            opened = cls(root, train=True, download=ours)
+            opened = cls(root, train=not test, download=ours)
     except Exception as error:  # torchvision raises whatever its download or its parser came upon
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         reason = reason if ours else "only a folder inside the current one, such as data, is downloaded into"

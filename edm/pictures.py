@@ -67,3 +67,17 @@ def save_loss_curve(path: Path, steps: list[int], losses: list[float]) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def save_sweep(path: Path, curves: dict[str, list[tuple[int, float]]], floor: float, ylabel: str) -> None:
+    """Draw curves of a distance against the number of network evaluations, both on logarithmic scales, above a floor."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="network evaluations an image", ylabel=ylabel, xscale="log", yscale="log")
+    for name, points in filter(lambda curve: curve[1], curves.items()):
+        axes.plot(*zip(*points), marker="o", label=name)
+    axes.axhline(floor, color="gray", linestyle="--", label="training images")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))

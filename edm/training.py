@@ -149,7 +149,13 @@ def resume(learner: Learner, folder: RunFolder, resume_from: str) -> dict:
     )
 
 
-BREAKING = ("network.", "data.resolution", "data.channels", "preconditioning.")  # what makes another function of the weights
+BREAKING = (
+    "network.",
+    "data.resolution",
+    "data.channels",
+    "preconditioning.",
+    "chain.",
+)  # what makes another function of the weights
 FREE = ("training.num_training_steps", "training.save_and_sample_every_n", "data.root", "data.max_resident_mb")
 
 

@@ -1,0 +1,251 @@
+"""The lessons of DDPM and Improved DDPM, from the config to the picture: training, its checkpoint, samples, the bound."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, write_config
+from PIL import Image
+from test_distributed import losses, torchrun
+from test_training import CPU, same, trained
+
+from edm import checkpoint, evaluate
+from edm import config as configs
+from edm.ddpm import ImportanceSampledTimesteps, make_chain
+from edm.errors import UserError
+from edm.learner import Learner
+from edm.training import train
+
+DDPM = ["preconditioning.formulation=ddpm", "loss.noise_distribution=ddpm", "loss.weighting=iddpm", "chain.num_timesteps=30"]
+DDPM += ["sampler.solver=ancestral", "sampler.sampling_steps=5", "sampler.clip=true"]
+IDDPM = [*DDPM, "preconditioning.formulation=improved_ddpm", "loss.objective=hybrid", "chain.schedule=cosine"]
+IDDPM += ["sampler.variance=learned_range", "network.architecture=adm", "loss.noise_distribution=importance"]
+VLB = [*IDDPM, "loss.objective=vlb"]
+FEW = ["chain.num_timesteps=4", "sampler.sampling_steps=2"]  # so that all of them soon have a full history
+
+
+@pytest.mark.parametrize("lesson", [DDPM, IDDPM, VLB], ids=["ddpm", "hybrid", "vlb"])
+def test_the_losses_fall(tiny, lesson):
+    fast = ["training.learning_rate=1e-2", "training.batch_size=16", "network.dropout=0", "training.max_grad_norm=1"]
+    _, losses = trained(configs.load(tiny, [*lesson, *fast]), 150)
+    assert sum(losses[-40:]) < 0.7 * sum(losses[:40])
+
+
+@pytest.mark.parametrize("lesson", [DDPM, IDDPM], ids=["ddpm", "iddpm"])
+def test_a_resumed_lesson_equals_one_never_stopped(tiny, tmp_path, lesson):
+    """The importance sampler's history included: 4 timesteps, 12 steps of 4 images."""
+    options = [*lesson, "training.num_training_steps=12", "chain.schedule=cosine", *FEW]
+    folder = "image/image_folder/tiny"
+    train(configs.load(tiny, options), CPU, tmp_path / "whole")
+    train(configs.load(tiny, [*options, "training.num_training_steps=10"]), CPU, tmp_path / "parts")
+    train(configs.load(tiny, options), CPU, tmp_path / "parts", resume_from="latest")
+    whole, parts = (checkpoint.read(tmp_path / run / folder / "diffusion-12.pt") for run in ("whole", "parts"))
+    assert same(whole, parts)
+    if lesson is IDDPM:
+        assert whole["noise_distribution"]["history"].isfinite().sum() > 20
+
+
+def test_the_learner_remembers_every_loss_of_the_batch(tiny):
+    """However many parts it is computed in: those of the images, not weighted by their importance."""
+    histories = []
+    for parts in (1, 4):
+        config = configs.load(tiny, [*IDDPM, *FEW, "network.dropout=0", f"training.accumulation={parts}"])
+        learner, _ = trained(config, 15)
+        assert isinstance(learner.noise_distribution, ImportanceSampledTimesteps)
+        histories.append(learner.noise_distribution.history)
+    assert histories[0].isfinite().sum() >= 36  # of 40, after 60 losses
+    torch.testing.assert_close(histories[0], histories[1], rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def test_importance_changes_the_draws_and_not_what_is_minimised(tiny):
+    config = configs.load(tiny, [*IDDPM, *FEW, "training.batch_size=2000", "training.learning_rate=1e-12", "network.dropout=0"])
+    learner = Learner(config, CPU)
+    images = torch.randint(0, 256, (2000, config.data.channels, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    labels = torch.zeros(2000, dtype=torch.int64)
+    alike = [learner.step(images, labels, step).item() for step in (1,)]
+    weights = learner.noise_distribution.weights()
+    assert weights.max() > 1.5 * weights.min()
+    drawn = learner.draw(images, labels, 2)
+    t = make_chain("cosine", 4, torch.float32).nearest(drawn["sigma"])
+    assert t.bincount(minlength=4).tolist() == pytest.approx((2000 * weights).tolist(), abs=100)
+    assert learner.step(images, labels, 2).item() == pytest.approx(alike[0], rel=0.03)
+
+
+@pytest.mark.parametrize("damage", [{"history": torch.zeros(3, 10)}, {"others": torch.zeros(4, 10)}, {"history": 1}, [1], 3])
+def test_a_damaged_history_is_refused(tiny, tmp_path, damage):
+    config = configs.load(tiny, [*IDDPM, *FEW])
+    state = {**Learner(config, CPU).state_dict(), "noise_distribution": damage}
+    trained_once, _ = trained(config, 1)
+    state["optimizer"] = trained_once.state_dict()["optimizer"]
+    with pytest.raises(UserError, match="the noise distribution's state in"):
+        Learner(config, CPU).load_state_dict(state, tmp_path / "x.pt")
+
+
+def test_a_run_may_begin_or_stop_to_sample_by_importance(tiny, tmp_path):
+    uniform, importance = (
+        configs.load(tiny, [*IDDPM, *FEW, f"loss.noise_distribution={name}"]) for name in ("ddpm", "importance")
+    )
+    for before, after in ((uniform, importance), (importance, uniform)):
+        learner, _ = trained(before, 2)
+        other = Learner(after, CPU)
+        other.load_state_dict(learner.state_dict(), tmp_path)
+        assert all(table.isnan().all() for table in other.noise_distribution.state_dict().values())
+
+
+def test_two_processes_share_the_history(tmp_path, image_folder):
+    """50 steps of 7 images by importance: the losses, and the history in the checkpoint, of one process."""
+    path = write_config(tmp_path, image_folder, channels=3)
+    arguments = ["--config_path", path, *IDDPM, *FEW, "network.dropout=0", "training.batch_size=7"]
+    arguments += ["--num_training_steps", 50, "--save_and_sample_every_n", 50]
+    pair = torchrun(2, tmp_path, "train_mnist.py", *arguments, "--output_dir", "two")
+    _, err = pair.communicate(timeout=300)
+    assert pair.returncode == 0, err
+    call = [sys.executable, ROOT / "train_mnist.py", *arguments, "--device", "cpu", "--output_dir", "one"]
+    subprocess.run([*map(str, call)], cwd=tmp_path, check=True, capture_output=True)
+    one, two = (tmp_path / run / "image/image_folder/tiny" for run in ("one", "two"))
+    assert losses(two) == pytest.approx(losses(one), rel=1e-3)
+    histories = [checkpoint.read(run / "diffusion-50.pt")["noise_distribution"]["history"] for run in (one, two)]
+    assert histories[0].isfinite().all()
+    torch.testing.assert_close(*histories, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["ancestral", "ddim", "heun"])
+def test_a_chains_network_is_sampled_by_every_sampler(tiny, tmp_path, script, solver):
+    train(configs.load(tiny, [*IDDPM, "training.num_training_steps=1"]), CPU, tmp_path / "output")
+    path = tmp_path / "output/image/image_folder/tiny/diffusion-1.pt"
+    arguments = ("--checkpoint", path, "--solver", solver, "--seeds", "0-4", "--gif", "--sampling_steps", 30, "--guidance", 2)
+    for batch_size in (1, 5):
+        code, _, err = script("sample.py", *arguments, "--batch_size", batch_size, "--output_dir", f"b{batch_size}")
+        assert code == 0, err
+    grids = [
+        torch.frombuffer(bytearray(Image.open(tmp_path / run / "grid.png").tobytes()), dtype=torch.uint8)
+        for run in ("b1", "b5")
+    ]
+    assert (grids[0].int() - grids[1].int()).abs().max() <= 1
+    assert grids[0].float().std() > 10
+
+
+def test_a_gif_of_a_long_chain_has_64_frames(tiny, tmp_path, script):
+    options = [*DDPM, "chain.num_timesteps=300", "training.num_training_steps=1"]
+    train(configs.load(tiny, options), CPU, tmp_path / "output")
+    path = tmp_path / "output/image/image_folder/tiny/diffusion-1.pt"
+    assert script("sample.py", "--checkpoint", path, "--sampling_steps", 300, "--gif", "--output_dir", "g")[0] == 0
+    with Image.open(tmp_path / "g/reverse.gif") as gif:
+        assert 50 < gif.n_frames <= 64  # like frames are merged
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (
+            ["loss.objective=hybrid"],
+            "loss.objective: hybrid teaches a variance; it needs preconditioning.formulation improved_ddpm",
+        ),
+        (
+            ["loss.objective=vlb", "preconditioning.formulation=improved_ddpm"],
+            "loss.noise_distribution must be ddpm or importance",
+        ),
+        (["loss.objective=hybird"], "did you mean 'hybrid'"),
+        (["chain.schedule=linear", "chain.num_timesteps=20"], "chain.num_timesteps: 20 are too few for the linear schedule"),
+        (
+            ["sampler.solver=ancestral", "sampler.sampling_steps=1001"],
+            "sampler: the chain has 1000 timesteps, too few for 1001",
+        ),
+        (["sampler.solver=ddim", "preconditioning.formulation=vp"], "sampler: the formulation vp knows other noise levels"),
+        (["sampler.solver=ancestral", "preconditioning.formulation=iddpm"], "solver can be heun or euler"),
+        (["sampler.solver=ancestral", "sampler.variance=learned_range"], "variance can be fixed_small or fixed_large"),
+        (["sampler.clip=yes"], "unknown choice"),
+    ],
+)
+def test_what_does_not_fit_together(entries, message):
+    with pytest.raises(UserError) as error:
+        configs.from_dict({}, "x", "x", entries)
+    assert message in str(error.value)
+
+
+def test_an_edm_network_knows_every_chain():
+    for solver in ("ancestral", "ddim"):
+        configs.from_dict({}, "x", "x", [f"sampler.solver={solver}", "chain.schedule=cosine"])
+
+
+def call_evaluate(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
+    code = 0
+    try:
+        evaluate.run(evaluate.main)
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def test_a_checkpoint_is_evaluated(tiny, tmp_path, script, monkeypatch, capsys):
+    """Distance and bound, on request the picture; the classifier is kept, and the terms make up the bound."""
+    train(configs.load(tiny, [*IDDPM, "training.num_training_steps=1"]), CPU, tmp_path / "output")
+    path = tmp_path / "output/image/image_folder/tiny/diffusion-1.pt"
+    few = ("--checkpoint", path, "--num_samples", 8, "--num_images", 5, "--device", "cpu", "--json", "figures.json")
+    code, out, err = call_evaluate(monkeypatch, capsys, *few, "--batch_size", 2)
+    assert code == 0, err
+    assert "Frechet distance of 8 samples" in out and "reconstruction" in out and "timesteps" in out
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    bits = figures["bits_per_dimension"]
+    assert len(bits["terms"]) == 30
+    assert sum(bits["terms"]) + bits["prior"] == pytest.approx(bits["total"])
+    assert figures["distance"]["frechet_distance"] > 0
+    classifier = (tmp_path / "output/classifier").glob("*.pt")
+    before = [(file, file.read_bytes()) for file in classifier]
+    assert len(before) == 1
+    code, out, err = call_evaluate(
+        monkeypatch, capsys, *few, "--batch_size", 5, "--timesteps", 6, "sampler.variance=fixed_large"
+    )
+    assert code == 0, err
+    assert len(json.loads((tmp_path / "figures.json").read_text())["bits_per_dimension"]["terms"]) == 6
+    assert all(file.read_bytes() == content for file, content in before)
+    code, out, err = call_evaluate(monkeypatch, capsys, *few, "--sweep", "chain.num_timesteps=150")
+    assert code == 0, err
+    assert (tmp_path / "output/image/image_folder/evaluate/tiny/sweep.png").exists()
+    assert json.loads((tmp_path / "figures.json").read_text())["sweep"].keys() == {"ancestral", "ddim", "heun", "floor"}
+
+
+def test_the_bound_does_not_depend_on_the_batch(tiny, tmp_path, script, monkeypatch, capsys):
+    train(configs.load(tiny, [*IDDPM, "training.num_training_steps=1"]), CPU, tmp_path / "output")
+    path, totals = tmp_path / "output/image/image_folder/tiny/diffusion-1.pt", []
+    for batch_size in (1, 5):
+        arguments = (
+            "--checkpoint",
+            path,
+            "--num_samples",
+            0,
+            "--num_images",
+            5,
+            "--batch_size",
+            batch_size,
+            "--json",
+            "x.json",
+        )
+        assert call_evaluate(monkeypatch, capsys, *arguments)[0] == 0
+        totals.append(json.loads((tmp_path / "x.json").read_text())["bits_per_dimension"]["total"])
+    assert totals[0] == pytest.approx(totals[1], rel=1e-5)
+    code, _, err = call_evaluate(monkeypatch, capsys, "--checkpoint", path, "--num_samples", 0, "--num_images", 14)
+    assert code == 2
+    assert err.endswith("\rerror: --num_images: there are 13 images\n")
+
+
+def test_what_has_no_bound_and_no_judge(tiny, tmp_path, script, monkeypatch, capsys):
+    train(configs.load(tiny, ["preconditioning.formulation=ve", "training.num_training_steps=1"]), CPU, tmp_path / "output")
+    path = tmp_path / "output/image/image_folder/tiny/diffusion-1.pt"
+    capsys.readouterr()
+    code, out, err = call_evaluate(monkeypatch, capsys, "--checkpoint", path, "--num_samples", 3)
+    assert code == 0, err
+    assert "No bound: the formulation ve knows other noise levels" in out
+    code, _, err = call_evaluate(monkeypatch, capsys, "--checkpoint", path, "--num_samples", 3, "--num_images", 3)
+    assert code == 2
+    assert err.startswith("error: --num_images: the formulation ve knows other noise levels")
+    assert err.count("\n") == 1
+    for name in ("dark", "light"):
+        for file in (tmp_path / "images" / name).iterdir():
+            file.rename(tmp_path / "images" / f"{name}{file.name}")
+    code, _, err = call_evaluate(monkeypatch, capsys, "--checkpoint", path)
+    assert code == 2
+    assert "image_folder has one class" in err
