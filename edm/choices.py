@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from edm import ddpm, loss, precond
+from edm import ddpm, ddpm_training, loss, precond
 from edm.ddpm import ancestral, ddim, make_chain
 from edm.loss import NoiseDistribution, denoising_loss
 from edm.precond import Denoiser, Preconditioning
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from edm.config import Config
 
 FORMULATIONS = {**precond.PRECONDITIONINGS, **ddpm.FORMULATIONS}
-DISTRIBUTIONS = {**loss.NOISE_DISTRIBUTIONS, **ddpm.TIMESTEPS}
-OBJECTIVES = {"denoising": lambda: denoising_loss, **ddpm.OBJECTIVES}
+DISTRIBUTIONS = {**loss.NOISE_DISTRIBUTIONS, **ddpm_training.TIMESTEPS}
+OBJECTIVES = {"denoising": lambda: denoising_loss, **ddpm_training.OBJECTIVES}
 SOLVERS = (*ODE_SOLVERS, "ancestral", "ddim")
 
 
@@ -51,13 +51,13 @@ def objective(config: "Config") -> Callable[..., torch.Tensor]:
         ValueError: it asks for a variance that the network does not have, or for timesteps that the images are not drawn at.
     """
     chosen_loss = config.loss
-    if chosen_loss.objective in ddpm.OBJECTIVES:
+    if chosen_loss.objective in ddpm_training.OBJECTIVES:
         if config.preconditioning.formulation != "improved_ddpm":
             raise ValueError(f"{chosen_loss.objective} teaches a variance; it needs preconditioning.formulation improved_ddpm")
-        if chosen_loss.noise_distribution not in ddpm.TIMESTEPS:
+        if chosen_loss.noise_distribution not in ddpm_training.TIMESTEPS:
             raise ValueError(
                 f"{chosen_loss.objective} is the loss of a chain's timesteps; "
-                f"loss.noise_distribution must be {' or '.join(ddpm.TIMESTEPS)}"
+                f"loss.noise_distribution must be {' or '.join(ddpm_training.TIMESTEPS)}"
             )
     return chosen(OBJECTIVES, chosen_loss.objective, config.chain)
 
@@ -80,7 +80,7 @@ def sampler(config: "Config") -> Callable[..., Iterator[State]]:
         if options.clip == "true":
             denoiser = clipped(denoiser)
         if options.solver == "ancestral":
-            return ancestral(denoiser, latents, chain, options.variance, labels, noise)
+            return ancestral(denoiser, latents, chain, noise, options.variance, labels)
         if options.solver == "ddim":
             return ddim(denoiser, latents, chain, labels)
         return sample(

@@ -158,7 +158,7 @@ def bits_per_dimension(
             x, y = to_model_range(x).to(dtype), one_hot(y, label_dim) if label_dim else None
             noise = ImageNoise(range(start, start + len(x)), tuple(x.shape[1:]), device, dtype)
             terms = []
-            for term in variational_bound(D, x, chain, options.variance, y, noise):
+            for term in variational_bound(D, x, chain, noise, options.variance, y):
                 terms.insert(0, term)
                 bar.update()
             parts.append(torch.stack([*terms, chain.like(x).prior_term(x)]).cpu().double())

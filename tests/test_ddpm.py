@@ -11,18 +11,8 @@ import torch
 from reference import assert_close, fresh_noise, wave
 from torch import nn
 
-from edm.ddpm import (
-    ChainPreconditioning,
-    HybridLoss,
-    ImportanceSampledTimesteps,
-    LearnedVariancePreconditioning,
-    UniformTimesteps,
-    VariationalLoss,
-    ancestral,
-    ddim,
-    make_chain,
-    variational_bound,
-)
+from edm.ddpm import ChainPreconditioning, LearnedVariancePreconditioning, ancestral, ddim, make_chain, variational_bound
+from edm.ddpm_training import HybridLoss, ImportanceSampledTimesteps, UniformTimesteps, VariationalLoss
 from edm.exact import FiniteData, GaussianMixture
 from edm.loss import denoising_loss, inverse_variance
 from edm.precond import Denoiser
@@ -103,7 +93,7 @@ def test_ancestral_sampling_agrees_with_the_reference(row):
     else:
         assert visited == row["timesteps"]
     latents = wave(*SHAPE, scale=math.sqrt(2), frequency=2.3, phase=0.4)
-    states = ancestral(clipped(stand_in(row["schedule"])), latents, chain, row["variance"], noise=fresh_noise(latents))
+    states = ancestral(clipped(stand_in(row["schedule"])), latents, chain, fresh_noise(latents), row["variance"])
     *_, last = states
     close(last.x.flatten()[:8], row["out"])
 
@@ -150,7 +140,7 @@ def expected_bound(chain, variance: str) -> float:
     z, w = map(torch.from_numpy, np.polynomial.hermite_e.hermegauss(6))
     z, w = torch.cartesian_prod(z, z, z, z), torch.cartesian_prod(w, w, w, w).prod(dim=1)
     y = (z[:, :2] @ torch.linalg.cholesky(COVARIANCE).T).view(-1, 1, 1, 2)
-    terms = variational_bound(ExactChainDenoiser(chain), y, chain, variance, noise=lambda: z[:, 2:].view_as(y))
+    terms = variational_bound(ExactChainDenoiser(chain), y, chain, lambda: z[:, 2:].view_as(y), variance)
     return ((sum(terms) + chain.prior_term(y)) * w).sum().item() / w.sum().item()
 
 
@@ -228,13 +218,13 @@ def test_the_ancestral_sampler_samples_the_data():
     cases = [("linear", "fixed_small", 0.1), ("linear", "fixed_large", 0.1), ("cosine", "learned_range", 0.03)]
     for schedule, variance, tolerance in cases:  # a fixed variance is a little too small, or too large
         chain = make_chain(schedule)
-        *_, last = ancestral(ExactChainDenoiser(chain), noise(), chain, variance, noise=noise)
+        *_, last = ancestral(ExactChainDenoiser(chain), noise(), chain, noise, variance)
         along = last.x.flatten(1) @ TURN
         assert along.std(dim=0).tolist() == pytest.approx(SPREADS, rel=tolerance)
         assert abs(along.T.corrcoef()[0, 1]) < 0.06
     images = torch.tensor([[0.6, -0.2], [-0.5, 0.4]], dtype=torch.float64).view(2, 1, 1, 2)
     chain = make_chain("cosine").strided(100)
-    *_, last = ancestral(FiniteData(images), noise(), chain, "fixed_small", noise=noise)
+    *_, last = ancestral(FiniteData(images), noise(), chain, noise)
     distances = torch.cdist(last.x.flatten(1), images.flatten(1))
     assert distances.min(dim=1).values.max() < 0.05
     assert distances.argmin(dim=1).double().mean().item() == pytest.approx(0.5, abs=0.03)
@@ -347,3 +337,6 @@ def test_what_a_chain_is_refused():
         make_chain("linear", 20)
     with pytest.raises(ValueError, match="has 1000 timesteps, too few for 1001 steps"):
         make_chain().strided(1001)
+    x = torch.zeros(1, 1, 1, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="must be one of fixed_small, fixed_large, learned_range"):
+        next(ancestral(FiniteData(x), x, make_chain(), lambda: x, "log_beta"))

@@ -13,7 +13,8 @@ from test_training import CPU, same, trained
 
 from edm import checkpoint, evaluate
 from edm import config as configs
-from edm.ddpm import ImportanceSampledTimesteps, make_chain
+from edm.ddpm import make_chain
+from edm.ddpm_training import ImportanceSampledTimesteps
 from edm.errors import UserError
 from edm.learner import Learner
 from edm.training import train
