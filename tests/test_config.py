@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from edm import choices, ddpm
+from edm import choices, ddpm, ddpm_training
 from edm import config as configs
 from edm.config import Config
 from edm.errors import UserError
@@ -37,10 +37,15 @@ def test_the_lesson_is_the_default():
     assert configs.load(ROOT / "configs/edm.yaml") == Config()
 
 
-def changed(before: str, after: str) -> set[str]:
-    """The entries that differ between two config files, which must also be the lines that do, but for the heading."""
+def changed_entries(before: str, after: str) -> set[str]:
+    """The entries that differ between two config files."""
     a, b = (configs.load(ROOT / f"configs/{name}.yaml").to_dict() for name in (before, after))
-    entries = {f"{section}.{key}" for section in a for key in a[section] if a[section][key] != b[section][key]}
+    return {f"{section}.{key}" for section in a for key in a[section] if a[section][key] != b[section][key]}
+
+
+def changed(before: str, after: str) -> set[str]:
+    """The same, which must also be the lines that differ, but for the heading."""
+    entries = changed_entries(before, after)
     lines = [(ROOT / f"configs/{name}.yaml").read_text().partition("\ndata:")[2].splitlines() for name in (before, after)]
     assert len(lines[0]) == len(lines[1])
     assert sum(x != y for x, y in zip(*lines)) == len(entries)
@@ -93,6 +98,27 @@ def test_the_readme_names_a_function_for_every_cell_of_table_1():
         assert callable(found)
     tables = (DISCRETIZATIONS, SCHEDULES, SCALINGS, NETWORKS, PRECONDITIONINGS, NOISE_DISTRIBUTIONS, WEIGHTINGS)
     assert all(f"`{choice}`" in section for table in tables for choice in table)
+
+
+def test_the_readme_names_a_place_for_every_choice_of_the_chain():
+    section = (ROOT / "README.md").read_text().partition("## Where EDM came from")[2].partition("\n## ")[0]
+    places = re.findall(r"`((?:ddpm|ddpm_training)\.(?!yaml)[A-Za-z_]\w*(?:\.\w+)?)`", section)
+    assert len(places) > 12
+    for name in places:
+        found = importlib.import_module(f"edm.{name.partition('.')[0]}")
+        for attribute in name.split(".")[1:]:
+            found = getattr(found, attribute)
+    tables = (ddpm.BETAS, ddpm.VARIANCES, ddpm.FORMULATIONS, ddpm_training.TIMESTEPS, ddpm_training.OBJECTIVES)
+    assert all(f"`{choice}`" in section for table in tables for choice in table)
+
+
+def test_the_lessons_differ_from_edm_and_from_each_other_by_what_their_papers_say():
+    chain = COLUMN | {"sampler.solver", "sampler.sampling_steps", "sampler.clip"}
+    learned = {"loss.objective", "network.architecture", "sampler.variance", "chain.schedule"}
+    assert changed_entries("edm_small", "ddpm_small") == chain | {
+        f"training.{key}" for key in ("num_training_steps", "save_and_sample_every_n")
+    }
+    assert changed("ddpm_small", "iddpm_small") == learned | {"preconditioning.formulation"}
 
 
 def test_the_readmes_python_runs_as_it_stands():
