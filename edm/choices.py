@@ -134,8 +134,10 @@ def known_chain(config: "Config", num_steps: int) -> ddpm.Chain:
     formulation, name = preconditioning(config), config.preconditioning.formulation
     chain = make_chain(config.chain.schedule, config.chain.num_timesteps).strided(num_steps)
     if chain.sigma[-1] > formulation.sigma_max or not torch.equal(formulation.round_sigma(chain.sigma), chain.sigma):
-        known = f"solver can be {' or '.join(ODE_SOLVERS)}"
-        raise ValueError(f"the formulation {name} knows other noise levels than those of a DDPM chain; {known}")
+        raise ValueError(
+            f"the formulation {name} knows other noise levels than those of a DDPM chain (ddpm, improved_ddpm and edm know "
+            f"them; the solvers {' and '.join(ODE_SOLVERS)} need none)"
+        )
     if config.sampler.variance == "learned_range" and name != "improved_ddpm":
         raise ValueError(f"the formulation {name} has learned no variance; variance can be fixed_small or fixed_large")
     return chain

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from edm.precond import Preconditioning, VPPreconditioning
 from edm.sampler import State
@@ -24,7 +23,8 @@ from edm.schedule import fractions
 
 
 def linear_betas(num_timesteps: int) -> torch.Tensor:
-    """DDPM's variances of the steps: from 1e-4 to 0.02 in a straight line for T = 1000, scaled by 1000 / T (H, Section 4)."""
+    """DDPM's variances of the steps, from 1e-4 to 0.02 in a straight line for T = 1000 (H, Section 4); of a chain of another
+    length, scaled by 1000 / T."""
     scale = 1000 / num_timesteps
     return torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64)
 
@@ -40,8 +40,8 @@ BETAS = {"linear": linear_betas, "cosine": cosine_betas}
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 
 
-class Chain(nn.Module):
-    """A chain of N timesteps: a table (N,) of each quantity, in float64 until it is moved elsewhere.
+class Chain:
+    """A chain of N timesteps: a table (N,) of each quantity, in float64 on the CPU unless it is `like` something else.
 
     Args:
         alpha_bar: (N,), abar_t, falling (H4).
@@ -51,32 +51,23 @@ class Chain(nn.Module):
     """
 
     def __init__(self, alpha_bar: torch.Tensor, timesteps: torch.Tensor):
-        super().__init__()
         previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
         beta = 1 - alpha_bar / previous
         small = beta * (1 - previous) / (1 - alpha_bar)  # the posterior's variance (H7)
         small[0] = small[1] if len(small) > 1 else beta[0]  # for 0, whose logarithm would be infinite
-        tables = {
-            "timesteps": timesteps,
-            "alpha_bar": alpha_bar,
-            "beta": beta,
-            "sigma": ((1 - alpha_bar) / alpha_bar).sqrt(),
-            "scale": alpha_bar.sqrt(),
-            "mean_of_y": previous.sqrt() * beta / (1 - alpha_bar),  # the share of y in the posterior's mean (H7)
-            "mean_of_x": (1 - beta).sqrt() * (1 - previous) / (1 - alpha_bar),
-            "fixed_small": small.log(),
-            "fixed_large": torch.cat([small[:1], beta[1:]]).log(),
-            "log_beta": beta.log(),
-        }
-        for name, table in tables.items():
-            self.register_buffer(name, table)
+        self.timesteps, self.alpha_bar, self.beta = timesteps, alpha_bar, beta
+        self.sigma, self.scale = ((1 - alpha_bar) / alpha_bar).sqrt(), alpha_bar.sqrt()
+        self.mean_of_y = previous.sqrt() * beta / (1 - alpha_bar)  # the share of y in the posterior's mean (H7)
+        self.mean_of_x = (1 - beta).sqrt() * (1 - previous) / (1 - alpha_bar)
+        # Logarithms of variances:
+        self.log_beta, self.fixed_small, self.fixed_large = beta.log(), small.log(), torch.cat([small[:1], beta[1:]]).log()
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     def strided(self, num_steps: int) -> "Chain":
-        """The chain of num_steps of these timesteps, evenly spaced from the first to the last (N, Section 4). Its betas follow
-        from their abar; the network still knows them by their own number.
+        """The chain of num_steps of these timesteps, evenly spaced from the first to the last. Its betas follow from their abar
+        (N19); the network still knows them by their own number.
 
         Raises:
             ValueError: the chain is shorter.
@@ -88,18 +79,23 @@ class Chain(nn.Module):
 
     def like(self, x: torch.Tensor) -> "Chain":
         """A copy in the precision and on the device of x."""
-        return copy.deepcopy(self).to(x.device, x.dtype)
+        moved = copy.copy(self)
+        for name, table in vars(self).items():  # first the precision, as Apple GPUs have no float64
+            setattr(moved, name, (table.to(x.dtype) if table.is_floating_point() else table).to(x.device))
+        return moved
 
     def nearest(self, sigma: torch.Tensor) -> torch.Tensor:
         """The places whose noise levels are nearest to sigma, a tensor of any shape."""
-        return (sigma[..., None] - self.sigma).abs().argmin(dim=-1)
+        above = torch.searchsorted(self.sigma, sigma.contiguous())
+        below, above = (above - 1).clamp(min=0), above.clamp(max=len(self) - 1)
+        return torch.where(sigma - self.sigma[below] <= self.sigma[above] - sigma, below, above)
 
     def diffuse(self, y: torch.Tensor, t: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
         """A draw of q(x_t | y) from unit normal noise (H4)."""
         return pixelwise(self.scale, t) * (y + pixelwise(self.sigma, t) * epsilon)
 
     def posterior_mean(self, y: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The mean of q(x_{t-1} | x_t, y) (H7); its variance is `fixed_small`."""
+        """The mean of q(x_{t-1} | x_t, y) (H7); the logarithm of its variance is `fixed_small`."""
         return pixelwise(self.mean_of_y, t) * y + pixelwise(self.mean_of_x, t) * x_t
 
     def learned_log_variance(self, v: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -108,7 +104,7 @@ class Chain(nn.Module):
         return fraction * pixelwise(self.log_beta, t) + (1 - fraction) * pixelwise(self.fixed_small, t)
 
     def reverse(self, denoiser, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, variance: str):
-        """The step p(x_{t-1} | x_t) that a denoiser takes (H11, N14).
+        """The step p(x_{t-1} | x_t) that a denoiser takes (H11, N13).
 
         Args:
             denoiser: D(x, sigma, labels); for the learned variance also D(x, sigma, labels, all_outputs=True), v after D.

@@ -43,10 +43,11 @@ class ImportanceSampledTimesteps(nn.Module, NoiseDistribution):
 
     def weights(self) -> torch.Tensor:
         """How likely each timestep is: (T,), of sum 1, or all 1 before all have a full history."""
-        root_mean_square = self.history.square().mean(dim=1).sqrt()
+        history = self.history / self.history.max()  # whose squares cannot overflow
+        root_mean_square = history.square().mean(dim=1).sqrt()
         weights = root_mean_square / root_mean_square.sum()
         weights = (1 - self.uniform_prob) * weights + self.uniform_prob / len(weights)
-        return torch.where(self.history.isfinite().all(), weights, 1.0)
+        return torch.where(weights.isfinite().all(), weights, 1.0)
 
     def chain(self, like: torch.Tensor) -> Chain:
         return make_chain(self.schedule, len(self.history), like.dtype, like.device)

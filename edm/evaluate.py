@@ -1,5 +1,7 @@
 """How good a checkpoint is: its samples' Frechet distance to real images, and the variational bound in bits per dimension."""
 
+import argparse
+import hashlib
 import json
 import math
 from itertools import pairwise
@@ -16,10 +18,10 @@ from edm.cli import Parser, run, whole_number
 from edm.config import Config
 from edm.data import open_dataset, to_model_range, whole
 from edm.ddpm import Chain, variational_bound
-from edm.device import pick_device
+from edm.device import explain_out_of_memory, pick_device
 from edm.errors import UserError
 from edm.files import write_whole
-from edm.generate import build_denoiser, generate
+from edm.generate import build_denoiser, check_chain, generate
 from edm.metrics import Classifier, accuracy, frechet_distance, train_classifier
 from edm.precond import Denoiser
 from edm.randomness import ImageNoise
@@ -54,30 +56,41 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file, too")
     args = parser.parse_intermixed_args()
+    if args.num_samples < 2 and (args.sweep or args.num_samples):
+        parser.error("--num_samples: a distance takes 2 or more samples")
+    if args.sweep and (args.num_images is not None or args.timesteps):
+        parser.error("--sweep draws no bound; leave out --num_images and --timesteps")
+    with explain_out_of_memory(f"lower --batch_size (now {args.batch_size})"):
+        results = evaluate(args)
+    if args.json:
+        write_whole(args.json, lambda file: file.write(json.dumps(results, indent=1).encode()))
+
+
+def evaluate(args: argparse.Namespace) -> dict:
+    """What the arguments ask for, printed, and as plain values."""
     overrides = [*args.overrides, *([f"data.root={args.data_root}"] if args.data_root else [])]
-    device = pick_device(args.device)
-    contents = checkpoint.read(args.checkpoint)
+    contents, device = checkpoint.read(args.checkpoint), pick_device(args.device)
     config = checkpoint.read_config(contents, args.checkpoint, overrides)
+    check_chain(config, checkpoint.read_config(contents, args.checkpoint), args.checkpoint)
     denoiser = build_denoiser(config, contents["ema"], args.checkpoint).to(device, memory_format=torch.channels_last).eval()
-    try:
-        chain = choices.known_chain(config, args.timesteps or config.chain.num_timesteps)
-    except ValueError as error:
-        if args.num_images:
-            raise UserError(f"--num_images: {error}") from None
-        if args.num_images is None and not args.sweep:
-            print(f"No bound: {error}")
-        args.num_images = 0
     results = {"checkpoint": str(args.checkpoint), "step": contents["step"]}
     if args.sweep:
         results["sweep"] = sweep(denoiser, config, device, args.num_samples, args.batch_size, args.output_dir)
-    else:
-        if args.num_samples:
-            results["distance"] = distance(denoiser, config, device, args.num_samples, args.batch_size, args.output_dir)
-        if args.num_images != 0:
-            count = args.num_images or 100
-            results["bits_per_dimension"] = bits_per_dimension(denoiser, config, chain, device, count, args.batch_size)
-    if args.json:
-        write_whole(args.json, lambda file: file.write(json.dumps(results, indent=1).encode()))
+        return results
+    chain = None
+    if args.num_images != 0:
+        try:
+            chain = choices.known_chain(config, args.timesteps or config.chain.num_timesteps)
+        except ValueError as error:
+            if args.num_images or args.timesteps:
+                raise UserError(f"the bound: {error}") from None
+            print(f"No bound: {error}")
+    if args.num_samples:
+        results["distance"] = distance(denoiser, config, device, args.num_samples, args.batch_size, args.output_dir)
+    if chain:
+        count = args.num_images or 100
+        results["bits_per_dimension"] = bits_per_dimension(denoiser, config, chain, device, count, args.batch_size)
+    return results
 
 
 def images_of(config: Config, device: torch.device, test: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,9 +110,14 @@ class Judge:
         train, train_labels = images_of(config, device, test=False)
         num_classes = int(train_labels.max()) + 1
         if num_classes < 2:
-            raise UserError(f"{data.dataset} has one class, and the distance is between the features of a classifier")
-        name = f"{data.dataset}-{data.resolution}x{data.channels}.pt"
-        path = output_dir / "classifier" / name
+            raise UserError(
+                f"{data.dataset} has one class, and the distance is between the features of a classifier; leave it out with "
+                "--num_samples 0"
+            )
+        digest = hashlib.blake2b(train.cpu().numpy(), digest_size=6)
+        digest.update(train_labels.cpu().numpy())
+        name = f"{data.dataset}-{digest.hexdigest()}"  # of these very images
+        path = output_dir / "classifier" / f"{name}.pt"
         self.net = Classifier(data.channels, num_classes).to(device).eval().requires_grad_(False)
         if path.exists():
             load_weights(self.net, checkpoint.read(path)["ema"], path)
@@ -140,7 +158,8 @@ def distance(
 def bits_per_dimension(
     denoiser: Denoiser, config: Config, chain: Chain, device: torch.device, count: int, batch_size: int
 ) -> dict:
-    """The variational bound of a chain on test images, in bits per dimension, by its terms.
+    """The variational bound of a chain on test images, in bits per dimension, by its terms: given their classes, if the network
+    knows any, without guidance, and clipped as the config's samples are.
 
     Raises:
         UserError: there are fewer images.
@@ -164,7 +183,7 @@ def bits_per_dimension(
             parts.append(torch.stack([*terms, chain.like(x).prior_term(x)]).cpu().double())
     table = torch.cat(parts, dim=1)
     total, mean = table.sum(dim=0), table.mean(dim=1).tolist()
-    error = total.std().item() / math.sqrt(count) if count > 1 else math.nan
+    error = total.std().item() / math.sqrt(count) if count > 1 else None
     rows = [("prior", mean[-1])]
     edges = [1 + (len(chain) - 1) * tenth // 10 for tenth in range(11)]
     for low, high in reversed([pair for pair in pairwise(edges) if pair[0] < pair[1]]):
@@ -174,7 +193,7 @@ def bits_per_dimension(
     print(f"Bits per dimension, {count:,} images, {len(chain)} of {config.chain.num_timesteps} timesteps, {options.variance}:")
     for name, value in rows:
         print(f"  {name:<24} {value:8.4f}")
-    print(f"  {'all':<24} {total.mean().item():8.4f} +- {error:.4f}")
+    print(f"  {'all':<24} {total.mean().item():8.4f}" + (f" +- {error:.4f}" if error else ""))
     return {
         "images": count,
         "timesteps": chain.timesteps.tolist(),
@@ -203,10 +222,12 @@ def sweep(
             try:
                 varied = configs.from_dict(config.to_dict(), config.name, "the sweep", overrides)
             except UserError as error:
-                print(f"{solver} is left out: {error}")
-                break
-            found = judge.distance(samples(denoiser, varied, device, count, batch_size))
-            evaluations = 2 * steps - 1 if solver == "heun" else steps
+                print(f"{solver} at {steps} steps is left out: {error}")
+                continue
+            calls = []
+            with denoiser.register_forward_hook(lambda *_, calls=calls: calls.append(1)):
+                found = judge.distance(samples(denoiser, varied, device, count, batch_size))
+            evaluations = len(calls) // math.ceil(count / batch_size)  # of every batch
             curves[solver].append((evaluations, found))
             print(f"{solver:<10} {evaluations:5} evaluations: {found:8.1f}", flush=True)
     floor = judge.floor(count)

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import one_hot
 from tqdm import tqdm
 
-from edm import checkpoint, choices, pictures
+from edm import checkpoint, choices, ddpm, pictures
 from edm import config as configs
 from edm.compiling import compile_network, is_wanted
 from edm.config import Config
@@ -157,6 +157,21 @@ def largest_batch_size(denoiser: Denoiser, config: Config, device: torch.device,
     return 2 ** max(0, min(9, int(math.log2(0.75 * at_hand / max(each, 1)))))
 
 
+def check_chain(config: Config, own: Config, path: str | Path) -> None:
+    """Refuse, with a `UserError`, to take a chain's network for one of another chain, which its weights would fit as well.
+
+    Args:
+        config: how the network is going to be used.
+        own: how it was trained, as its checkpoint says.
+    """
+    formulation = own.preconditioning.formulation
+    if formulation in ddpm.FORMULATIONS and (config.preconditioning.formulation, config.chain) != (formulation, own.chain):
+        raise UserError(
+            f"the network in {path} was trained with preconditioning.formulation={formulation} "
+            f"chain.schedule={own.chain.schedule} chain.num_timesteps={own.chain.num_timesteps}, which cannot be replaced"
+        )
+
+
 MAX_FRAMES = 64  # of a GIF
 MAX_GRID = 2500  # images in a grid; what comes after is written only as single files
 
@@ -197,6 +212,8 @@ def write_samples(
     processes = processes or Processes()
     contents = processes.from_first(lambda: checkpoint.read(path))
     config = configs.load(config_path, overrides) if config_path else checkpoint.read_config(contents, path, overrides)
+    if config_path:
+        check_chain(config, checkpoint.read_config(contents, path), path)
     seeds = seeds or list(range(config.sampler.num_samples))
     label_dim = config.network.label_dim
     if class_index is not None and class_index >= label_dim:

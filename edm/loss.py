@@ -4,7 +4,7 @@ E over y, sigma, n of  lambda(sigma) |D(y + n; sigma) - y|^2,   n ~ N(0, sigma^2
 
 A noise distribution maps draws of a simple kind, a tensor of any shape, to noise levels: `sigma(draw)`; and makes
 (batch_size,) of them on the generator's device: `sample(batch_size, generator)`. One that learns from the losses what to draw
-(`ddpm.ImportanceSampledTimesteps`) has a say in the other methods of `NoiseDistribution`, too.
+(`ddpm_training.ImportanceSampledTimesteps`) has a say in the other methods of `NoiseDistribution`, too.
 """
 
 from dataclasses import dataclass

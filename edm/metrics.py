@@ -7,6 +7,8 @@ from tqdm import tqdm
 
 from edm.randomness import generator_for, seed_for
 
+MIN_STEPS = 200  # of training a classifier, however few the images are
+
 
 class Classifier(nn.Module):
     """Three convolutions, and 64 features under the classes' scores.
@@ -35,9 +37,9 @@ def train_classifier(images: torch.Tensor, labels: torch.Tensor, epochs: int = 3
     """A classifier of images (N, C, H, W) uint8 and labels (N,), on their device, after some epochs of Adam."""
     torch.manual_seed(seed_for("classifier"))
     net = Classifier(images.shape[1], int(labels.max()) + 1).to(images.device)
-    steps = epochs * (len(images) // batch_size)
+    steps = max(epochs * len(images) // batch_size, MIN_STEPS)
     optimizer = torch.optim.Adam(net.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=max(steps, 1))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for step in tqdm(range(steps), desc="training the classifier", unit="step", leave=False):
         index = torch.randint(len(images), (batch_size,), generator=generator_for("classifier", step)).to(images.device)
         loss = cross_entropy(net.scores(net(images[index])), labels[index])
@@ -55,11 +57,14 @@ def accuracy(net: Classifier, images: torch.Tensor, labels: torch.Tensor) -> flo
 
 
 def frechet_distance(net: Classifier, real: torch.Tensor, fake: torch.Tensor) -> float:
-    """Frechet's distance between the normal distributions that fit the features of two sets of images (N, C, H, W) uint8."""
+    """Frechet's distance between the normal distributions that fit the features of two sets of images: (N, C, H, W) uint8 on
+    the classifier's device, N at least 2."""
     from torchmetrics.image.fid import FrechetInceptionDistance  # slow to import
 
-    metric = FrechetInceptionDistance(net).to(real.device)
+    features = nn.Identity()  # the metric is given them, on the CPU: Apple GPUs have no float64
+    features.num_features = net.num_features
+    metric = FrechetInceptionDistance(features)
     for images, is_real in ((real, True), (fake, False)):
         for part in images.split(500):
-            metric.update(part, real=is_real)
+            metric.update(net(part).cpu(), real=is_real)
     return metric.compute().item()

@@ -149,13 +149,8 @@ def resume(learner: Learner, folder: RunFolder, resume_from: str) -> dict:
     )
 
 
-BREAKING = (
-    "network.",
-    "data.resolution",
-    "data.channels",
-    "preconditioning.",
-    "chain.",
-)  # what makes another function of the weights
+# What makes another function of the weights, and what has no part in the course of training.
+BREAKING = ("network.", "data.resolution", "data.channels", "preconditioning.", "chain.")
 FREE = ("training.num_training_steps", "training.save_and_sample_every_n", "data.root", "data.max_resident_mb")
 
 

@@ -164,7 +164,7 @@ def test_the_bound_of_a_learned_variance_falls_to_the_truth_as_the_chain_gets_lo
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 def test_a_fixed_variance_bounds_worse_than_the_optimal_one(variance):
-    """Improved DDPM's Figure 2: by much where there are few steps."""
+    """By much where there are few steps."""
     for length in (25, 200):
         chain = make_chain("cosine", length)
         assert expected_bound(chain, variance) > expected_bound(chain, "learned_range") + 0.03 > true_bits() + 0.03
@@ -313,6 +313,8 @@ def test_before_every_timestep_has_a_full_history_all_are_drawn_alike():
     assert sampler.weights().tolist() == [1] * 5
     sampler.record(torch.tensor([4, 4]), torch.tensor([1.0, 2.0]))
     assert sampler.weights().sum().item() == pytest.approx(1)
+    for losses in ([3e19, 1, 1, 1, 1], [0.0] * 5):  # whose squares overflow, or are nothing
+        assert importance(torch.tensor(losses)).weights().isfinite().all()
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
@@ -335,6 +337,7 @@ def test_a_batch_is_remembered_as_its_losses_one_by_one(batch_size):
 def test_what_a_chain_is_refused():
     with pytest.raises(ValueError, match="20 are too few for the linear schedule"):
         make_chain("linear", 20)
+    assert make_chain().strided(334).strided(3).timesteps.tolist() == [0, 498, 999]  # by their own number
     with pytest.raises(ValueError, match="has 1000 timesteps, too few for 1001 steps"):
         make_chain().strided(1001)
     x = torch.zeros(1, 1, 1, 2, dtype=torch.float64)
