@@ -88,8 +88,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     if args.num_samples:
         results["distance"] = distance(denoiser, config, device, args.num_samples, args.batch_size, args.output_dir)
     if chain:
-        count = args.num_images or 100
-        results["bits_per_dimension"] = bits_per_dimension(denoiser, config, chain, device, count, args.batch_size)
+        results["bits_per_dimension"] = bits_per_dimension(denoiser, config, chain, device, args.num_images, args.batch_size)
     return results
 
 
@@ -134,7 +133,7 @@ class Judge:
         return frechet_distance(self.net, self.real, images.to(self.real.device))
 
     def floor(self, count: int) -> float:
-        """Of so many training images."""
+        """Of so many training images, or of all, if there are fewer."""
         return self.distance(self.train[:count])
 
 
@@ -150,24 +149,30 @@ def distance(
     judge = Judge(config, device, output_dir)
     found = judge.distance(samples(denoiser, config, device, count, batch_size))
     floor = judge.floor(count)
-    print(f"Frechet distance of {count:,} samples: {found:.1f} (of {count:,} training images: {floor:.1f})")
+    known = min(count, len(judge.train))
+    print(f"Frechet distance of {count:,} samples: {found:.1f} (of {known:,} training images: {floor:.1f})")
     return {"samples": count, "frechet_distance": found, "training_images": floor}
 
 
 @torch.no_grad()
 def bits_per_dimension(
-    denoiser: Denoiser, config: Config, chain: Chain, device: torch.device, count: int, batch_size: int
+    denoiser: Denoiser, config: Config, chain: Chain, device: torch.device, count: int | None, batch_size: int
 ) -> dict:
     """The variational bound of a chain on test images, in bits per dimension, by its terms: given their classes, if the network
     knows any, without guidance, and clipped as the config's samples are.
+
+    Args:
+        count: of how many images; None for 100, or all if there are fewer.
 
     Raises:
         UserError: there are fewer images.
     """
     options, label_dim = config.sampler, config.network.label_dim
-    images, labels = (part[:count] for part in images_of(config, device, test=True))
-    if len(images) < count:
+    images, labels = images_of(config, device, test=True)
+    if count and count > len(images):
         raise UserError(f"--num_images: there are {len(images):,} images")
+    count = count or min(100, len(images))
+    images, labels = images[:count], labels[:count]
     D = clipped(denoiser) if options.clip == "true" else denoiser
     dtype = torch.float32 if device.type == "mps" else torch.float64
     parts = []  # (timesteps + 1, b) of each batch, the prior's term last
@@ -231,7 +236,7 @@ def sweep(
             curves[solver].append((evaluations, found))
             print(f"{solver:<10} {evaluations:5} evaluations: {found:8.1f}", flush=True)
     floor = judge.floor(count)
-    print(f"{count:,} training images: {floor:.1f}")
+    print(f"{min(count, len(judge.train)):,} training images: {floor:.1f}")
     path = output_dir / "image" / config.data.dataset / "evaluate" / config.name / "sweep.png"
     pictures.save_sweep(path, curves, floor, f"Frechet distance of {count:,} samples")
     print(f"the picture is {path}")
