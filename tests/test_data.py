@@ -27,10 +27,11 @@ def test_grey_levels_survive_the_round_trip():
 
 
 def write_mnist(root, images: torch.Tensor, labels: torch.Tensor) -> None:
-    """Small files in MNIST's own format, in torchvision's layout."""
+    """Small files in MNIST's own format, in torchvision's layout. The test images are the same, in reverse."""
     folder = root / "MNIST" / "raw"
     folder.mkdir(parents=True)
     for split in ("train", "t10k"):
+        images, labels = (images, labels) if split == "train" else (images.flip(0), labels.flip(0))
         header = struct.pack(">iiii", 0x803, len(images), 28, 28)
         (folder / f"{split}-images-idx3-ubyte").write_bytes(header + bytes(images.flatten().tolist()))
         (folder / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 0x801, len(labels)) + bytes(labels.tolist()))
@@ -45,6 +46,9 @@ def test_mnist_is_padded_with_black_and_never_interpolated(tmp_path):
     assert torch.equal(padded[:, 0, 2:30, 2:30], images)
     assert padded.long().sum() == images.long().sum()  # nothing but black outside
     assert labels.tolist() == [0, 1, 2, 3, 4]
+    test, labels = whole(open_dataset("mnist", str(tmp_path), 32, 1, 10, test=True))
+    assert torch.equal(test, padded.flip(0))
+    assert labels.tolist() == [4, 3, 2, 1, 0]
     colour, _ = whole(open_dataset("mnist", str(tmp_path), 28, 3, 0))
     assert torch.equal(colour, images[:, None].expand(-1, 3, -1, -1))
 

@@ -14,10 +14,10 @@ from test_training import CPU, same, trained
 from torch.nn.functional import one_hot
 from torch.utils.data import TensorDataset
 
-from edm import checkpoint, evaluate
+from edm import checkpoint, choices, evaluate
 from edm import config as configs
 from edm.data import open_dataset, to_model_range, whole
-from edm.ddpm import make_chain, variational_bound
+from edm.ddpm import ancestral, ddim, make_chain, variational_bound
 from edm.ddpm_training import ImportanceSampledTimesteps
 from edm.digits import draw_digits
 from edm.errors import UserError
@@ -25,7 +25,7 @@ from edm.generate import build_denoiser
 from edm.learner import Learner
 from edm.metrics import Classifier, accuracy, frechet_distance, train_classifier
 from edm.randomness import ImageNoise
-from edm.sampler import clipped
+from edm.sampler import clipped, guided, sample
 from edm.training import train
 
 DDPM = ["preconditioning.formulation=ddpm", "loss.noise_distribution=ddpm", "loss.weighting=iddpm", "chain.num_timesteps=30"]
@@ -119,6 +119,39 @@ def test_two_processes_share_the_history(tmp_path, image_folder):
     histories = [checkpoint.read(run / "diffusion-50.pt")["noise_distribution"]["history"] for run in (one, two)]
     assert histories[0].isfinite().all()
     torch.testing.assert_close(*histories, rtol=1e-3, atol=1e-4)
+
+
+class Network:
+    """A denoiser whose images, and v, depend on the labels."""
+
+    def __call__(self, x, sigma, labels=None, all_outputs=False):
+        D = 0.9 * torch.tanh(2 * x) + (0 if labels is None else labels.sum(dim=1)[:, None, None, None])
+        return torch.cat([D, 0.3 * D], dim=1) if all_outputs else D
+
+    def round_sigma(self, sigma: float) -> float:
+        return 1.01 * sigma
+
+
+@pytest.mark.parametrize("clip", ["true", "false"])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+def test_the_sampler_is_made_of_the_configs_choices(variance, clip):
+    entries = [*IDDPM, "network.label_dim=2", "sampler.guidance=1.5", f"sampler.variance={variance}", f"sampler.clip={clip}"]
+    latents = torch.randn(3, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels, chain = torch.eye(3, dtype=torch.float64)[:, :2], make_chain("cosine", 30).strided(5)
+    guided_network = guided(Network(), 1.5)
+    denoiser = clipped(guided_network) if clip == "true" else guided_network
+    levels = choices.sampling_plan(configs.from_dict({}, "x", "x", entries))[0]
+    expected = {
+        "ancestral": ancestral(denoiser, latents, chain, lambda: latents.flip(0), variance, labels),
+        "ddim": ddim(denoiser, latents, chain, labels),
+        "heun": sample(denoiser, latents, levels, labels, round_sigma=Network().round_sigma),
+    }
+    for solver, states in expected.items():
+        config = configs.from_dict({}, "x", "x", [*entries, f"sampler.solver={solver}"])
+        found = choices.sampler(config)(Network(), latents, labels, lambda: latents.flip(0))
+        for one, other in zip(found, states, strict=True):
+            assert torch.equal(one.x, other.x)
+            assert one.sigma == other.sigma
 
 
 @pytest.mark.parametrize("solver", ["ancestral", "ddim", "heun"])
