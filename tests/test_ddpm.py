@@ -309,6 +309,8 @@ def test_before_every_timestep_has_a_full_history_all_are_drawn_alike():
     sampler.record(torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 0, 4]), torch.arange(10.0))
     assert sampler.weights().tolist() == [1] * 5
     assert sampler.importance(make_chain("cosine", 5).sigma).tolist() == [1] * 5
+    sigma = sampler.sample(10_000, torch.Generator().manual_seed(0))
+    assert sampler.chain(sigma).nearest(sigma).bincount(minlength=5).tolist() == pytest.approx([2000] * 5, abs=150)
     sampler.record(torch.tensor([4]), torch.tensor([math.inf]))  # an overflow is no loss
     assert sampler.weights().tolist() == [1] * 5
     sampler.record(torch.tensor([4, 4]), torch.tensor([1.0, 2.0]))

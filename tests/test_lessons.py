@@ -83,6 +83,26 @@ def test_importance_changes_the_draws_and_not_what_is_minimised(tiny):
     assert learner.step(images, labels, 2).item() == pytest.approx(alike[0], rel=0.03)
 
 
+def test_importance_weighs_the_gradients_and_the_history_takes_the_losses_as_they_are(tiny):
+    config = configs.load(tiny, [*IDDPM, *FEW, "training.batch_size=200", "network.dropout=0"])
+    learner = Learner(config, CPU)
+    images = torch.randint(0, 256, (200, config.data.channels, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    labels = torch.zeros(200, dtype=torch.int64)
+    learner.step(images, labels, 1)
+    drawn = learner.draw(images, labels, 2)
+    importance, others = drawn["importance"], {key: drawn[key] for key in drawn.keys() - {"importance"}}
+    assert importance.std() > 0.1
+    losses = learner.objective(learner.net, **others)
+    expected = torch.autograd.grad((importance * losses).mean(), learner.parameters)
+    learner.step(images, labels, 2)
+    for parameter, gradient in zip(learner.parameters, expected):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+    t = make_chain("cosine", 4, torch.float32).nearest(drawn["sigma"])
+    for place in range(4):
+        newest = losses[t == place][-10:].detach()
+        torch.testing.assert_close(learner.noise_distribution.history[place, -len(newest) :], newest, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("damage", [{"history": torch.zeros(3, 10)}, {"others": torch.zeros(4, 10)}, {"history": 1}, [1], 3])
 def test_a_damaged_history_is_refused(tiny, tmp_path, damage):
     config = configs.load(tiny, [*IDDPM, *FEW])
