@@ -52,6 +52,7 @@ def test_chains_agree_with_the_reference(name):
     close(chain.beta[t], row["beta"])
     torch.testing.assert_close(chain.alpha_bar[t], torch.tensor(row["alpha_bar"], dtype=torch.float64), rtol=1e-9, atol=0)
     close(chain.fixed_small[t], row["posterior_log_variance_clipped"])
+    close(chain.fixed_large[t].exp(), [math.exp(row["posterior_log_variance_clipped"][0]), *row["beta"][1:]])
 
 
 @pytest.mark.parametrize("row", REFERENCE["learned_range"], ids=lambda row: f"{row['schedule']}-{row['t']}")
@@ -179,9 +180,11 @@ def test_ddim_is_eulers_method_at_the_chains_noise_levels(schedule, steps):
     scale = (1 + levels[0] ** 2).sqrt()  # x_T is noise at unit variance, y + n has sigma_T^2 more than y
     for denoiser in (network, ExactChainDenoiser(chain)):
         latents = latents if denoiser is network else latents.reshape(-1, 1, 1, 2)
-        *_, expected = sample(denoiser, latents * scale / levels[0], levels, solver="euler", round_sigma=network.round_sigma)
-        *_, last = ddim(denoiser, latents, chain)
-        torch.testing.assert_close(last.x, expected.x, rtol=1e-9, atol=1e-9)
+        expected = sample(denoiser, latents * scale / levels[0], levels, solver="euler", round_sigma=network.round_sigma)
+        for state, other in zip(ddim(denoiser, latents, chain), expected, strict=True):
+            torch.testing.assert_close(state.x, other.x, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(state.denoised, other.denoised, rtol=1e-9, atol=1e-9)
+            assert state.sigma == pytest.approx(other.sigma, rel=1e-12)
 
 
 def test_a_chain_network_is_a_denoiser_at_its_own_noise_levels():
@@ -206,6 +209,10 @@ def test_a_chain_network_is_a_denoiser_at_its_own_noise_levels():
         abar = (1 - (torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64) if schedule == "linear" else chain.beta)).cumprod(0)
         ends = [((1 - abar[place]) / abar[place]).sqrt().item() for place in (0, -1)]
         assert [network.round_sigma(sigma) for sigma in (1e-9, 1e9)] == pytest.approx(ends)
+        middle = (chain.sigma[400:402].sum() / 2).item()
+        for nudge, place in ((0.9999, 400), (1.0001, 401)):
+            assert network.round_sigma(nudge * middle) == chain.sigma[place].item()
+            assert chain.nearest(torch.full((2, 1), nudge * middle, dtype=torch.float64)).tolist() == [[place]] * 2
 
 
 def test_the_ancestral_sampler_samples_the_data():
@@ -222,6 +229,8 @@ def test_the_ancestral_sampler_samples_the_data():
         along = last.x.flatten(1) @ TURN
         assert along.std(dim=0).tolist() == pytest.approx(SPREADS, rel=tolerance)
         assert abs(along.T.corrcoef()[0, 1]) < 0.06
+    middle = next(state for state in ancestral(FiniteData(torch.zeros(1, 1, 1, 2)), noise(), chain, noise) if state.sigma < 0.5)
+    assert middle.x.std().item() == pytest.approx(middle.sigma, rel=0.05)  # a state is the data and noise of its level
     images = torch.tensor([[0.6, -0.2], [-0.5, 0.4]], dtype=torch.float64).view(2, 1, 1, 2)
     chain = make_chain("cosine").strided(100)
     *_, last = ancestral(FiniteData(images), noise(), chain, noise)
@@ -236,6 +245,11 @@ def test_guidance_and_clipping_leave_the_variance_alone():
         return outputs if all_outputs else outputs[:, : x.shape[1]]
 
     x, labels = torch.zeros(2, 3, 4, 4), torch.ones(2, 1)
+    t = torch.full((2,), 500)
+    for variance in ("fixed_small", "learned_range"):  # a step is told the labels, too
+        denoised, _, log_variance = make_chain().reverse(denoiser, x, t, labels, variance)
+        assert torch.equal(denoised, torch.full_like(x, 3).double())
+    assert_close(log_variance, make_chain().learned_log_variance(torch.full((2, 3, 4, 4), 7), t).tolist())
     both = clipped(guided(denoiser, 0.2))
     assert torch.equal(both(x, 1.0, labels), torch.full_like(x, 0.6))
     assert torch.equal(both(x, 1.0, labels, all_outputs=True)[:, 3:], torch.full_like(x, 7))
