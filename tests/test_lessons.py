@@ -124,6 +124,13 @@ def test_a_run_may_begin_or_stop_to_sample_by_importance(tiny, tmp_path):
         assert all(table.isnan().all() for table in other.noise_distribution.state_dict().values())
 
 
+def test_a_run_does_not_go_on_with_another_chain(tiny, tmp_path):
+    train(configs.load(tiny, [*IDDPM, "training.num_training_steps=1"]), CPU, tmp_path)
+    for change in ("chain.schedule=linear", "chain.num_timesteps=31"):
+        with pytest.raises(UserError, match=f"no run can go on from .* with another {change.partition('=')[0]}"):
+            train(configs.load(tiny, [*IDDPM, change]), CPU, tmp_path, resume_from="latest")
+
+
 def test_two_processes_share_the_history(tmp_path, image_folder):
     """50 steps of 7 images by importance: the losses, and the history in the checkpoint, of one process."""
     path = write_config(tmp_path, image_folder, channels=3)
