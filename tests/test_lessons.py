@@ -291,9 +291,9 @@ def test_the_bound_is_that_of_the_first_test_images(tmp_path, image_folder, scri
     """With their labels, and clipped if samples are; noise belongs to an image's number."""
     path = write_config(tmp_path, image_folder, channels=3)
     options = [*IDDPM, f"sampler.clip={clip}", f"network.label_dim={label_dim}", "loss.label_dropout=0"]
-    config = configs.load(path, [*options, "training.num_training_steps=1", "training.learning_rate=0.05"])
+    config = configs.load(path, [*options, "training.num_training_steps=5", "training.learning_rate=0.01"])
     train(config, CPU, tmp_path / "output")
-    path = tmp_path / "output/image/image_folder/tiny/diffusion-1.pt"
+    path = tmp_path / "output/image/image_folder/tiny/diffusion-5.pt"
     arguments = ("--checkpoint", path, "--num_samples", 0, "--num_images", 9, "--batch_size", 4, "--json", "x.json")
     assert call_evaluate(monkeypatch, capsys, *arguments)[0] == 0
     found = json.loads((tmp_path / "x.json").read_text())["bits_per_dimension"]
