@@ -282,18 +282,16 @@ def check_combinations(config: Config, source: str) -> None:
         )
     if training.batch_size % training.accumulation:
         refuse("training.accumulation", f"{training.accumulation} does not divide training.batch_size {training.batch_size}")
-    try:
-        make_chain(config.chain.schedule, config.chain.num_timesteps)
-    except ValueError as error:
-        refuse("chain.num_timesteps", str(error))
-    try:
-        choices.objective(config)
-    except ValueError as error:
-        refuse("loss.objective", str(error))
-    try:
-        choices.sampler(config)
-    except ValueError as error:
-        refuse("sampler", str(error))
+    made = {
+        "chain.num_timesteps": lambda: make_chain(config.chain.schedule, config.chain.num_timesteps),
+        "loss.objective": lambda: choices.objective(config),
+        "sampler": lambda: choices.sampler(config),
+    }
+    for key, make in made.items():
+        try:
+            make()
+        except ValueError as error:
+            refuse(key, str(error))
     if sampler.S_min > sampler.S_max:
         refuse("sampler.S_min", f"{sampler.S_min} must not be above sampler.S_max {sampler.S_max}")
     if not network.label_dim and (config.loss.label_dropout or sampler.guidance != 1):
