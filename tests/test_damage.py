@@ -221,7 +221,7 @@ def damaged_configs() -> list[str]:
             line = next(line for line in text.splitlines() if line.startswith(f"  {key}:"))
             wrong = ["{a: 1}", "[[1]]", "-1.5e99", "!!python/name:os.system", "*x"]
             numbers = [".nan", "'12'", "true", "9" * 400, "-" + "9" * 400, "1:" * 180 + "1.5", "0x10", "2024-01-01"]
-            wrong += numbers if not isinstance(value, str) else ["[a]", "''", "7"]
+            wrong += numbers if not isinstance(value, str | bool) else ["[a]", "''", "7"]
             damaged += [text.replace(line, f"  {key}: {bad}") for bad in wrong]
             damaged += [text.replace(line, f"  {key}x: 1"), text.replace(line, f"{line}\n{line}"), text.replace(line, line[2:])]
         damaged += [text.replace(f"{section}:", f"{section}s:"), text.replace(f"{section}:", f"{section}: 3\nx:")]
