@@ -36,6 +36,12 @@ VLB = [*IDDPM, "loss.objective=vlb"]
 FEW = ["chain.num_timesteps=4", "sampler.sampling_steps=2"]  # so that all of them soon have a full history
 
 
+@pytest.fixture
+def colour(tmp_path, image_folder):
+    """The tiny run's config, in colour."""
+    return write_config(tmp_path, image_folder, channels=3)
+
+
 @pytest.mark.parametrize("lesson", [DDPM, IDDPM, VLB], ids=["ddpm", "hybrid", "vlb"])
 def test_the_losses_fall(tiny, lesson):
     fast = ["training.learning_rate=1e-2", "training.batch_size=16", "network.dropout=0", "training.max_grad_norm=1"]
@@ -44,24 +50,24 @@ def test_the_losses_fall(tiny, lesson):
 
 
 @pytest.mark.parametrize("lesson", [DDPM, IDDPM], ids=["ddpm", "iddpm"])
-def test_a_resumed_lesson_equals_one_never_stopped(tiny, tmp_path, lesson):
+def test_a_resumed_lesson_equals_one_never_stopped(colour, tmp_path, lesson):
     """The importance sampler's history included: 4 timesteps, 12 steps of 4 images."""
     options = [*lesson, "training.num_training_steps=12", "chain.schedule=cosine", *FEW]
     folder = "image/image_folder/tiny"
-    train(configs.load(tiny, options), CPU, tmp_path / "whole")
-    train(configs.load(tiny, [*options, "training.num_training_steps=10"]), CPU, tmp_path / "parts")
-    train(configs.load(tiny, options), CPU, tmp_path / "parts", resume_from="latest")
+    train(configs.load(colour, options), CPU, tmp_path / "whole")
+    train(configs.load(colour, [*options, "training.num_training_steps=10"]), CPU, tmp_path / "parts")
+    train(configs.load(colour, options), CPU, tmp_path / "parts", resume_from="latest")
     whole, parts = (checkpoint.read(tmp_path / run / folder / "diffusion-12.pt") for run in ("whole", "parts"))
     assert same(whole, parts)
     if lesson is IDDPM:
         assert whole["noise_distribution"]["history"].isfinite().sum() > 20
 
 
-def test_the_learner_remembers_every_loss_of_the_batch(tiny):
+def test_the_learner_remembers_every_loss_of_the_batch(colour):
     """However many parts it is computed in: those of the images, not weighted by their importance."""
     histories = []
     for parts in (1, 4):
-        config = configs.load(tiny, [*IDDPM, *FEW, "network.dropout=0", f"training.accumulation={parts}"])
+        config = configs.load(colour, [*IDDPM, *FEW, "network.dropout=0", f"training.accumulation={parts}"])
         learner, _ = trained(config, 15)
         assert isinstance(learner.noise_distribution, ImportanceSampledTimesteps)
         histories.append(learner.noise_distribution.history)
@@ -69,8 +75,10 @@ def test_the_learner_remembers_every_loss_of_the_batch(tiny):
     torch.testing.assert_close(histories[0], histories[1], rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
-def test_importance_changes_the_draws_and_not_what_is_minimised(tiny):
-    config = configs.load(tiny, [*IDDPM, *FEW, "training.batch_size=2000", "training.learning_rate=1e-12", "network.dropout=0"])
+def test_importance_changes_the_draws_and_not_what_is_minimised(colour):
+    config = configs.load(
+        colour, [*IDDPM, *FEW, "training.batch_size=2000", "training.learning_rate=1e-12", "network.dropout=0"]
+    )
     learner = Learner(config, CPU)
     images = torch.randint(0, 256, (2000, config.data.channels, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
     labels = torch.zeros(2000, dtype=torch.int64)
@@ -83,8 +91,8 @@ def test_importance_changes_the_draws_and_not_what_is_minimised(tiny):
     assert learner.step(images, labels, 2).item() == pytest.approx(alike[0], rel=0.03)
 
 
-def test_importance_weighs_the_gradients_and_the_history_takes_the_losses_as_they_are(tiny):
-    config = configs.load(tiny, [*IDDPM, *FEW, "training.batch_size=200", "network.dropout=0"])
+def test_importance_weighs_the_gradients_and_the_history_takes_the_losses_as_they_are(colour):
+    config = configs.load(colour, [*IDDPM, *FEW, "training.batch_size=200", "network.dropout=0"])
     learner = Learner(config, CPU)
     images = torch.randint(0, 256, (200, config.data.channels, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
     labels = torch.zeros(200, dtype=torch.int64)
@@ -104,8 +112,8 @@ def test_importance_weighs_the_gradients_and_the_history_takes_the_losses_as_the
 
 
 @pytest.mark.parametrize("damage", [{"history": torch.zeros(3, 10)}, {"others": torch.zeros(4, 10)}, {"history": 1}, [1], 3])
-def test_a_damaged_history_is_refused(tiny, tmp_path, damage):
-    config = configs.load(tiny, [*IDDPM, *FEW])
+def test_a_damaged_history_is_refused(colour, tmp_path, damage):
+    config = configs.load(colour, [*IDDPM, *FEW])
     state = {**Learner(config, CPU).state_dict(), "noise_distribution": damage}
     trained_once, _ = trained(config, 1)
     state["optimizer"] = trained_once.state_dict()["optimizer"]
@@ -113,9 +121,9 @@ def test_a_damaged_history_is_refused(tiny, tmp_path, damage):
         Learner(config, CPU).load_state_dict(state, tmp_path / "x.pt")
 
 
-def test_a_run_may_begin_or_stop_to_sample_by_importance(tiny, tmp_path):
+def test_a_run_may_begin_or_stop_to_sample_by_importance(colour, tmp_path):
     uniform, importance = (
-        configs.load(tiny, [*IDDPM, *FEW, f"loss.noise_distribution={name}"]) for name in ("ddpm", "importance")
+        configs.load(colour, [*IDDPM, *FEW, f"loss.noise_distribution={name}"]) for name in ("ddpm", "importance")
     )
     for before, after in ((uniform, importance), (importance, uniform)):
         learner, _ = trained(before, 2)
@@ -124,11 +132,11 @@ def test_a_run_may_begin_or_stop_to_sample_by_importance(tiny, tmp_path):
         assert all(table.isnan().all() for table in other.noise_distribution.state_dict().values())
 
 
-def test_a_run_does_not_go_on_with_another_chain(tiny, tmp_path):
-    train(configs.load(tiny, [*IDDPM, "training.num_training_steps=1"]), CPU, tmp_path)
+def test_a_run_does_not_go_on_with_another_chain(colour, tmp_path):
+    train(configs.load(colour, [*IDDPM, "training.num_training_steps=1"]), CPU, tmp_path)
     for change in ("chain.schedule=linear", "chain.num_timesteps=31"):
         with pytest.raises(UserError, match=f"no run can go on from .* with another {change.partition('=')[0]}"):
-            train(configs.load(tiny, [*IDDPM, change]), CPU, tmp_path, resume_from="latest")
+            train(configs.load(colour, [*IDDPM, change]), CPU, tmp_path, resume_from="latest")
 
 
 def test_two_processes_share_the_history(tmp_path, image_folder):
@@ -182,8 +190,8 @@ def test_the_sampler_is_made_of_the_configs_choices(variance, clip):
 
 
 @pytest.mark.parametrize("solver", ["ancestral", "ddim", "heun"])
-def test_a_chains_network_is_sampled_by_every_sampler(tiny, tmp_path, script, solver):
-    train(configs.load(tiny, [*IDDPM, "training.num_training_steps=1"]), CPU, tmp_path / "output")
+def test_a_chains_network_is_sampled_by_every_sampler(colour, tmp_path, script, solver):
+    train(configs.load(colour, [*IDDPM, "training.num_training_steps=1"]), CPU, tmp_path / "output")
     path = tmp_path / "output/image/image_folder/tiny/diffusion-1.pt"
     arguments = ("--checkpoint", path, "--solver", solver, "--seeds", "0-4", "--gif", "--sampling_steps", 30, "--guidance", 2)
     for batch_size in (1, 5):
@@ -197,9 +205,9 @@ def test_a_chains_network_is_sampled_by_every_sampler(tiny, tmp_path, script, so
     assert grids[0].float().std() > 10
 
 
-def test_a_gif_of_a_long_chain_has_64_frames(tiny, tmp_path, script):
+def test_a_gif_of_a_long_chain_has_64_frames(colour, tmp_path, script):
     options = [*DDPM, "chain.num_timesteps=300", "training.num_training_steps=1"]
-    train(configs.load(tiny, options), CPU, tmp_path / "output")
+    train(configs.load(colour, options), CPU, tmp_path / "output")
     path = tmp_path / "output/image/image_folder/tiny/diffusion-1.pt"
     assert script("sample.py", "--checkpoint", path, "--sampling_steps", 300, "--gif", "--output_dir", "g")[0] == 0
     with Image.open(tmp_path / "g/reverse.gif") as gif:
