@@ -1,7 +1,8 @@
 """Checkpoints: plain tensors, numbers and text in one file, `diffusion-{step}.pt`.
 
 A training checkpoint holds `step`, `name`, `config` (nested plain values), `ema` (the weights that samples come from), `net`,
-`optimizer`, `scaler`, `compiled` (whether the network was) and `losses` (of every step so far). An exported one, for sampling,
+`optimizer`, `scaler`, `compiled` (whether the network was) and `losses` (of every step so far, (steps, 1 + bands): all of
+its images', then those in each of `NOISE_BANDS`; in older files (steps,)). An exported one, for sampling,
 holds `step`, `name`, `config` and `ema`, the weights in half precision.
 
 The file is a zip archive, as PyTorch writes it. Its comment is a checksum of all that comes before the comment, since the
@@ -25,6 +26,7 @@ from edm import published
 from edm.config import Config
 from edm.errors import UserError, brief
 from edm.files import write_whole
+from edm.loss import NUM_BANDS
 from edm.published import is_plain
 from edm.unpickle import name_in
 
@@ -145,8 +147,8 @@ def check_contents(contents: object, path: Path) -> None:
             refuse(f"its {key} is not a table of tensors")
     if not isinstance(contents.get("compiled", False), bool):
         refuse("whether it was compiled is neither true nor false")
-    if not is_plain(losses) or losses.ndim != 1 or len(losses) > step:
-        refuse("its losses are not one number a step")
+    if not is_plain(losses) or losses.shape[1:] not in ((), (1 + NUM_BANDS,)) or len(losses) > step:
+        refuse(f"its losses are not 1 or {1 + NUM_BANDS} numbers a step")
 
 
 def read_config(contents: dict, path: str | Path, overrides: Iterable[str] = ()) -> Config:

@@ -16,7 +16,7 @@ from edm.distributed import Processes
 from edm.ema import EMA
 from edm.errors import UserError
 from edm.generate import build_denoiser
-from edm.loss import WEIGHTINGS
+from edm.loss import NOISE_BANDS, WEIGHTINGS, by_noise_level
 from edm.published import is_plain
 from edm.randomness import generator_for, seed_for
 
@@ -53,6 +53,7 @@ class Learner:
         self.objective = choices.objective(config)
         with device:
             self.noise_distribution = choices.noise_distribution(config)
+            self.noise_bands = torch.tensor(NOISE_BANDS)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
         """One training step, without waiting for the device.
@@ -63,7 +64,8 @@ class Learner:
             step: its number, from 1; all its random draws depend on this, the place in the batch and the seed alone.
 
         Returns:
-            The mean loss of the whole batch, a scalar tensor on the device.
+            (1 + bands,) on the device: the mean loss of the whole batch, and those of its images in each of the `NOISE_BANDS`,
+            nan where there are none.
         """
         batch_size = self.config.training.batch_size
         drawn = self.draw(images, labels, step)
@@ -72,7 +74,7 @@ class Learner:
         self.update(step * batch_size, batch_size)
         sigma, importance, losses = self.processes.whole([drawn["sigma"], drawn["importance"], losses], batch_size)
         self.noise_distribution.update(sigma, losses)
-        return (importance * losses).mean()
+        return torch.cat([(importance * losses).mean()[None], by_noise_level(losses, sigma, importance, self.noise_bands)])
 
     def draw(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
         """What the loss is computed from: clean images, noise, noise levels, weights, importance and conditions of each."""

@@ -97,6 +97,25 @@ def inverse_variance(sigma: torch.Tensor, sigma_data: float) -> torch.Tensor:
     return 1 / sigma**2
 
 
+NOISE_BANDS = (0.05, 0.2, 0.8, 3.2)  # the noise levels between which training's losses are recorded apart
+NUM_BANDS = len(NOISE_BANDS) + 1
+
+
+def by_noise_level(losses: torch.Tensor, sigma: torch.Tensor, importance: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+    """The mean loss of the images whose noise is below the first of the edges, between each two, and above the last.
+
+    Args:
+        losses, sigma, importance: (B,), of each image.
+        edges: (K,), rising noise levels, on the same device.
+
+    Returns:
+        (K + 1,), nan where there are no images.
+    """
+    among = torch.bucketize(sigma, edges)[:, None] == torch.arange(len(edges) + 1, device=sigma.device)
+    weight = among * importance[:, None]
+    return torch.where(among, weight * losses[:, None], 0).sum(dim=0) / weight.sum(dim=0)
+
+
 NOISE_DISTRIBUTIONS = {"lognormal": LogNormal, "vp": VPNoise, "ve": VENoise, "iddpm": iDDPMNoise}
 WEIGHTINGS = {"edm": edm_weight, "vp": inverse_variance, "ve": inverse_variance, "iddpm": inverse_variance}
 

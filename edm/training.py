@@ -18,6 +18,7 @@ from edm.errors import Stopped, UserError, brief
 from edm.generate import generate, grid_columns
 from edm.interrupt import Interruption
 from edm.learner import Learner
+from edm.loss import NOISE_BANDS
 from edm.losslog import LossLog
 from edm.runfolder import RunFolder
 
@@ -67,13 +68,13 @@ def train(
         contents = processes.from_first(lambda: begin(learner, folder, resume_from, weights_from, overwrite))
         if not processes.is_first:
             take_up(learner, contents, folder.path)
-        first_step, losses = contents.get("step", 0), contents.get("losses", torch.zeros(0)).tolist()
+        first_step, records = contents.get("step", 0), contents.get("losses", torch.zeros(0)).clone()
         learner.compile(training.num_training_steps - first_step, contents.get("compiled", False if first_step else None))
         del contents  # its tensors are views of a file that may be deleted
         log = LossLog(
             folder.metrics if processes.is_first else None,
             first_step,
-            losses,
+            records,
             training.batch_size,
             untrained_loss=data.channels * data.resolution**2,
         )
@@ -231,7 +232,7 @@ def save(learner: Learner, log: LossLog, folder: RunFolder, step: int, regular: 
             "name": learner.config.name,
             "config": learner.config.to_dict(),
             **learner.state_dict(),
-            "losses": torch.tensor(log.losses, dtype=torch.float64),
+            "losses": log.table(),
         }
         folder.save(step, contents, regular, prune=not any(log.exploded()))
 
@@ -253,7 +254,7 @@ def draw(learner: Learner, log: LossLog, folder: RunFolder, step: int) -> None:
     """The loss curve so far, and samples of the averaged weights."""
     config, processes = learner.config, learner.processes
     if processes.is_first:
-        pictures.save_loss_curve(folder.loss_curve, log.steps, log.losses)
+        pictures.save_loss_curve(folder.loss_curve, log.steps, log.table(), NOISE_BANDS)
     seeds = list(range(config.sampler.num_samples))
     batch_size = 4 * config.training.batch_size  # without gradients there is room for more
     frames = generate(learner.ema.net, seeds, config, learner.device, batch_size, learner.precision, processes=processes)

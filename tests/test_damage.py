@@ -37,7 +37,7 @@ def trained(tiny, tmp_path):
     config = configs.load(tiny)
     learner = Learner(config, CPU)
     images = torch.zeros(4, config.data.channels, 8, 8, dtype=torch.uint8)
-    losses = [learner.step(images, torch.zeros(4, dtype=torch.int64), step).item() for step in (1, 2)]
+    losses = [learner.step(images, torch.zeros(4, dtype=torch.int64), step)[0].item() for step in (1, 2)]
     contents = {"step": 2, "name": "tiny", "config": config.to_dict(), **learner.state_dict(), "losses": torch.tensor(losses)}
     checkpoint.write(tmp_path / "diffusion-2.pt", contents)
     return tmp_path / "diffusion-2.pt", contents

@@ -202,7 +202,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(tiny, tmp_
     ],
 )
 def test_divergence(losses, diverged):
-    assert LossLog(None, len(losses), losses, batch_size=4, untrained_loss=64).has_diverged() == diverged
+    assert LossLog(None, len(losses), torch.tensor(losses), batch_size=4, untrained_loss=64).has_diverged() == diverged
 
 
 def test_a_suspicious_loss_saves_but_deletes_nothing(tiny, tmp_path, at_step):

@@ -20,7 +20,7 @@ def trained(config, steps: int, learner: Learner | None = None) -> tuple[Learner
     data = config.data
     dataset = open_dataset(data.dataset, data.root, data.resolution, data.channels, config.network.label_dim)
     stream = batches(dataset, config.training.batch_size, config.training.seed, 0, CPU, 1)
-    return learner, [learner.step(*next(stream), step).item() for step in range(1, steps + 1)]
+    return learner, [learner.step(*next(stream), step)[0].item() for step in range(1, steps + 1)]
 
 
 def same(a: dict, b: dict) -> bool:
@@ -61,7 +61,7 @@ def test_the_loss_is_summed_over_pixels_and_averaged_over_the_batch(tiny):
     config = configs.load(tiny, ["training.batch_size=2000"])
     learner = Learner(config, CPU)
     images = torch.randint(0, 256, (2000, config.data.channels, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
-    loss = learner.step(images, torch.zeros(2000, dtype=torch.int64), 1)
+    loss, *_ = learner.step(images, torch.zeros(2000, dtype=torch.int64), 1)
     y = images.double() / 127.5 - 1
     sigma = (-1.2 + 1.2 * torch.randn(2000, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).exp()
     x = y + sigma * torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -193,4 +193,4 @@ def test_every_config_makes_a_network_that_takes_a_step(path):
     slim = [f"network.model_channels={min(width, 16)}"]  # of the large networks, an eighth of the width
     config = configs.load(path, ["training.batch_size=2", *slim])
     images = torch.zeros(2, config.data.channels, *2 * [config.data.resolution], dtype=torch.uint8)
-    assert Learner(config, CPU).step(images, torch.tensor([0, 1]), 1).isfinite()
+    assert Learner(config, CPU).step(images, torch.tensor([0, 1]), 1)[0].isfinite()
