@@ -24,6 +24,7 @@ from edm.randomness import generator_for
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".webp"}
 IMAGE_FORMATS = ["BMP", "GIF", "JPEG", "PNG", "PPM", "WEBP"]  # whatever the suffix; Pillow would run others, as EPS
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # said in one line instead
+HAVE_TEST_SETS = ("mnist", "fashion_mnist", "cifar10")
 MAX_READERS = 16  # each of which may hold an image of a camera's size
 
 

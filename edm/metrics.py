@@ -1,10 +1,13 @@
-"""How good images are, by the features of a small classifier of their own data set."""
+"""How good images are, by their features: those of a small classifier of their own data set, or Inception's."""
+
+import functools
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, interpolate
 from tqdm import tqdm
 
+from edm.errors import UserError
 from edm.randomness import generator_for, seed_for
 
 MIN_STEPS = 200  # of training a classifier, however few the images are
@@ -33,10 +36,12 @@ class Classifier(nn.Module):
         return self.features(images.float() / 127.5 - 1)
 
 
-def train_classifier(images: torch.Tensor, labels: torch.Tensor, epochs: int = 3, batch_size: int = 128) -> Classifier:
+def train_classifier(
+    images: torch.Tensor, labels: torch.Tensor, num_classes: int, epochs: int = 3, batch_size: int = 128
+) -> Classifier:
     """A classifier of images (N, C, H, W) uint8 and labels (N,), on their device, after some epochs of Adam."""
     torch.manual_seed(seed_for("classifier"))
-    net = Classifier(images.shape[1], int(labels.max()) + 1).to(images.device)
+    net = Classifier(images.shape[1], num_classes).to(images.device)
     steps = max(epochs * len(images) // batch_size, MIN_STEPS)
     optimizer = torch.optim.Adam(net.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
@@ -50,21 +55,68 @@ def train_classifier(images: torch.Tensor, labels: torch.Tensor, epochs: int = 3
     return net.eval().requires_grad_(False)
 
 
-def accuracy(net: Classifier, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """The share of images that it puts into their class."""
-    right = [(net.scores(net(x)).argmax(dim=1) == y).sum() for x, y in zip(images.split(500), labels.split(500))]
-    return torch.stack(right).sum().item() / len(images)
+def predictions(net: Classifier, images: torch.Tensor) -> torch.Tensor:
+    """The class that it puts each of the images in, (N,)."""
+    return torch.cat([net.scores(net(part)).argmax(dim=1) for part in images.split(500)])
 
 
-def frechet_distance(net: Classifier, real: torch.Tensor, fake: torch.Tensor) -> float:
-    """Frechet's distance between the normal distributions that fit the features of two sets of images: (N, C, H, W) uint8 on
-    the classifier's device, N at least 2."""
+class Inception(nn.Module):
+    """The 2048 features of torchvision's Inception v3, trained on ImageNet: downloaded on first use. They are not those of the
+    published FIDs, whose weights are others."""
+
+    num_features = 2048
+
+    def __init__(self):
+        super().__init__()
+        from torchvision.models import Inception_V3_Weights, inception_v3  # slow to import
+
+        try:
+            self.net = inception_v3(weights=Inception_V3_Weights.IMAGENET1K_V1)
+        except (OSError, RuntimeError) as error:  # a failed download, a damaged one
+            raise UserError(
+                f"torchvision's Inception could not be downloaded or read ({str(error).partition(chr(10))[0]})"
+            ) from None
+        self.net.transform_input = False  # from ImageNet's normalisation to what `forward` gives it, [-1, 1]
+        self.net.fc = nn.Identity()
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, 1 or 3, H, W) -> (B, 2048)."""
+        images = images.expand(-1, 3, -1, -1).float()
+        return self.net(interpolate(images, size=(299, 299), mode="bilinear", antialias=True) / 127.5 - 1)
+
+
+def features_of(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Images (N, C, H, W) uint8, on the network's device -> features (N, F)."""
+    with torch.no_grad():
+        return torch.cat([net(part) for part in images.split(100)])
+
+
+def frechet_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
+    """Frechet's distance between the normal distributions that fit two sets of features, (N, F) each, N at least 2."""
     from torchmetrics.image.fid import FrechetInceptionDistance  # slow to import
 
-    features = nn.Identity()  # the metric is given them, on the CPU: Apple GPUs have no float64
-    features.num_features = net.num_features
-    metric = FrechetInceptionDistance(features)
-    for images, is_real in ((real, True), (fake, False)):
-        for part in images.split(500):
-            metric.update(net(part).cpu(), real=is_real)
+    identity = nn.Identity()  # the metric is given features, on the CPU: Apple GPUs have no float64
+    identity.num_features = real.shape[1]
+    metric = FrechetInceptionDistance(identity, sync_on_compute=False)  # other processes do not compute it
+    metric.update(real.cpu(), real=True)
+    metric.update(fake.cpu(), real=False)
     return metric.compute().item()
+
+
+def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tuple[float, float]:
+    """The share of samples that lie among the data, and of the data that lie among the samples (Kynkaanniemi et al., 2019,
+    arXiv 1904.06991): within the distance from some one of them to the k-th nearest of its own kind.
+
+    Args:
+        real, fake: features, (N, F) and (M, F), N and M above k.
+    """
+
+    def share(points: torch.Tensor, others: torch.Tensor) -> float:
+        # Matrix products would find the distance as a difference of large numbers, and copies apart.
+        cdist = functools.partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
+        radii = torch.cat([cdist(part, others).kthvalue(k + 1).values for part in others.split(1000)])  # itself is the first
+        within = [(cdist(part, others) <= radii).any(dim=1) for part in points.split(1000)]
+        return torch.cat(within).double().mean().item()
+
+    return share(fake, real), share(real, fake)

@@ -38,7 +38,8 @@ def plain(tmp_path, image_folder):
 
 def torchrun(processes: int, tmp_path, script, *arguments: object, options=(), **popen) -> subprocess.Popen:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
-    call = [*launcher, str(ROOT / script), *map(str, arguments), "--device", "cpu"]
+    target = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+    call = [*launcher, *target, *map(str, arguments), "--device", "cpu"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         call, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen

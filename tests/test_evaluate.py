@@ -1,4 +1,4 @@
-"""How good a checkpoint is: the distance, its classifier, the bound over a data set, the sweep, and what is refused."""
+"""How good a checkpoint is: the command, the bits over a data set, the sweep, and what is refused."""
 
 import json
 import sys
@@ -6,21 +6,20 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import write_config
+from conftest import ROOT, write_config
+from test_distributed import torchrun
 from test_lessons import IDDPM
 from test_training import CPU
 from torch.nn.functional import one_hot
-from torch.utils.data import TensorDataset
 
 from edm import checkpoint, evaluate
 from edm import config as configs
 from edm.data import open_dataset, to_model_range, whole
 from edm.ddpm import make_chain, variational_bound
-from edm.digits import draw_digits
 from edm.generate import build_denoiser
-from edm.metrics import Classifier, accuracy, frechet_distance, train_classifier
 from edm.randomness import ImageNoise
 from edm.sampler import clipped
+from edm.sweep import HEUN
 from edm.training import train
 
 
@@ -42,32 +41,77 @@ def call_evaluate(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
 
 
 def test_a_checkpoint_is_evaluated(grey, tmp_path, script, monkeypatch, capsys):
-    """Distance and bound, on request the picture; the classifier is kept, and the terms make up the bound."""
+    """Samples beside real images, bits by the ODE and by the bound; the classifier is kept, and the terms make up the bound."""
     train(configs.load(grey, [*IDDPM, "training.num_training_steps=1"]), CPU, tmp_path / "output")
     path = tmp_path / "output/image/image_folder/tiny/diffusion-1.pt"
     few = ("--checkpoint", path, "--num_samples", 8, "--num_images", 5, "--device", "cpu", "--json", "figures.json")
-    code, out, err = call_evaluate(monkeypatch, capsys, *few, "--batch_size", 2)
+    code, out, err = call_evaluate(monkeypatch, capsys, *few, "--batch_size", 2, "--ode_steps", 3)
     assert code == 0, err
-    assert "Frechet distance of 8 samples" in out and "reconstruction" in out and "timesteps" in out
+    for text in (
+        "8 samples",
+        "Frechet distance",
+        "precision",
+        "recall",
+        "share of class 1",
+        "by the ODE in 3 steps",
+        "reconstruction",
+    ):
+        assert text in out
     figures = json.loads((tmp_path / "figures.json").read_text())
-    bits = figures["bits_per_dimension"]
-    assert len(bits["terms"]) == 30
-    assert sum(bits["terms"]) + bits["prior"] == pytest.approx(bits["total"])
-    assert figures["distance"]["frechet_distance"] > 0
-    classifier = (tmp_path / "output/classifier").glob("*.pt")
-    before = [(file, file.read_bytes()) for file in classifier]
+    bound, ode = figures["bits_per_dimension"]["bound"], figures["bits_per_dimension"]["ode"]
+    assert len(bound["terms"]) == 30
+    assert sum(bound["terms"]) + bound["prior"] == pytest.approx(bound["total"])
+    assert (ode["images"], ode["steps"]) == (5, 3)
+    assert figures["samples"]["images"] == 8
+    assert figures["floor"]["images"] == 7  # the other half of 13
+    assert sum(figures["samples"]["class_shares"]) == pytest.approx(1)
+    before = [(file, file.read_bytes()) for file in (tmp_path / "output/classifier").glob("*.pt")]
     assert len(before) == 1
     code, out, err = call_evaluate(
-        monkeypatch, capsys, *few, "--batch_size", 5, "--timesteps", 6, "sampler.variance=fixed_large"
+        monkeypatch, capsys, *few, "--batch_size", 5, "--timesteps", 6, "sampler.variance=fixed_large", "--against", "train"
     )
     assert code == 0, err
-    assert len(json.loads((tmp_path / "figures.json").read_text())["bits_per_dimension"]["terms"]) == 6
+    again = json.loads((tmp_path / "figures.json").read_text())
+    assert len(again["bits_per_dimension"]["bound"]["terms"]) == 6
+    assert again["floor"]["images"] == 6
     assert all(file.read_bytes() == content for file, content in before)
+
+
+def test_training_brings_the_samples_nearer_to_the_data(tmp_path, script, monkeypatch, capsys):
+    """An untrained network is far from the digits, a briefly trained one nearer, and real digits nearest: by every figure."""
+    overrides = ["data.resolution=8", "network.model_channels=8", "network.channel_mult=[1, 2]", "network.attn_resolutions=[4]"]
+    overrides += ["sampler.num_samples=4", "sampler.sampling_steps=6", "training.lr_rampup_images=100"]
+    found = {}
+    for steps in (1, 250):
+        config = configs.load(ROOT / "configs/quickstart.yaml", [*overrides, f"training.num_training_steps={steps}"])
+        train(config, CPU, tmp_path / "output", overwrite=True)
+        path = tmp_path / f"output/image/digits/quickstart/diffusion-{steps}.pt"
+        arguments = ("--num_samples", 200, "--num_images", 20, "--ode_steps", 16, "--json", "x.json")
+        code, _, err = call_evaluate(monkeypatch, capsys, "--checkpoint", path, *arguments)
+        assert code == 0, err
+        found[steps] = json.loads((tmp_path / "x.json").read_text())
+    untrained, trained, floor = found[1]["samples"], found[250]["samples"], found[250]["floor"]
+    assert untrained["frechet_distance"] > 3 * trained["frechet_distance"]
+    assert trained["frechet_distance"] > 1.5 * floor["frechet_distance"]
+    for figure in ("precision", "right_class"):
+        assert 2 * untrained[figure] < trained[figure] < 0.7 * floor[figure]
+    assert trained["class_distance"] < 0.6 * untrained["class_distance"]
+    bits = [found[steps]["bits_per_dimension"]["ode"]["total"] for steps in (1, 250)]
+    assert bits[0] > bits[1] + 1
+
+
+def test_a_sweep_is_drawn(grey, tmp_path, script, monkeypatch, capsys):
+    train(configs.load(grey, [*IDDPM, "training.num_training_steps=1"]), CPU, tmp_path / "output")
+    path = tmp_path / "output/image/image_folder/tiny/diffusion-1.pt"
     sweep = ("--checkpoint", path, "--num_samples", 8, "--sweep", "--device", "cpu", "--json", "figures.json")
-    code, out, err = call_evaluate(monkeypatch, capsys, *sweep)
+    code, _, err = call_evaluate(monkeypatch, capsys, *sweep)
     assert code == 0, err
     assert (tmp_path / "output/image/image_folder/evaluate/tiny/sweep.png").exists()
-    assert json.loads((tmp_path / "figures.json").read_text())["sweep"].keys() == {"ancestral", "ddim", "heun", "floor"}
+    found = json.loads((tmp_path / "figures.json").read_text())["sweep"]
+    assert found["samplers"].keys() == {"ancestral", "ddim", "euler", "heun", "heun, S_churn 4"}
+    assert [S_churn for S_churn, _ in found["churn"]] == [0, 1, 2, 4, 7]
+    assert found["churn"][0][1] == found["samplers"]["heun"][-1][1]
+    assert len({distance for _, distance in found["churn"]}) > 2  # some churn is rounded to none, or to the next, by 30 levels
 
 
 @pytest.mark.parametrize(("clip", "label_dim"), [("true", 2), ("false", 2), ("true", 0)])
@@ -80,7 +124,7 @@ def test_the_bound_is_that_of_the_first_test_images(tmp_path, image_folder, scri
     path = tmp_path / "output/image/image_folder/tiny/diffusion-5.pt"
     arguments = ("--checkpoint", path, "--num_samples", 0, "--num_images", 9, "--batch_size", 4, "--json", "x.json")
     assert call_evaluate(monkeypatch, capsys, *arguments)[0] == 0
-    found = json.loads((tmp_path / "x.json").read_text())["bits_per_dimension"]
+    found = json.loads((tmp_path / "x.json").read_text())["bits_per_dimension"]["bound"]
     images, labels = whole(open_dataset("image_folder", str(image_folder), 8, 3, label_dim))
     y, labels = to_model_range(images[:9]).double(), one_hot(labels[:9], 2) if label_dim else None
     denoiser = build_denoiser(config, checkpoint.read(path)["ema"]).eval()
@@ -97,60 +141,24 @@ def test_the_sweep_counts_the_networks_evaluations(grey, tmp_path, script, monke
     """Twice as many with guidance; what a sampler cannot do is left out."""
     train(configs.load(grey, [*IDDPM, "training.num_training_steps=1"]), CPU, tmp_path / "output")
     path = tmp_path / "output/image/image_folder/tiny/diffusion-1.pt"
-    monkeypatch.setattr("edm.evaluate.SWEEP", {"ancestral": ([2, 31], []), "heun": ([3], ["sampler.discretization=edm"])})
+    monkeypatch.setattr("edm.sweep.SAMPLERS", {"ancestral": ([2, 31], ["sampler.solver=ancestral"]), "heun": ([3], HEUN)})
+    monkeypatch.setattr("edm.sweep.CHURN", [])
     for guidance, factor in ((1, 1), (2, 2)):
         arguments = ("--checkpoint", path, "--sweep", "--num_samples", 5, "--batch_size", 2, "--json", "x.json")
         code, out, err = call_evaluate(monkeypatch, capsys, *arguments, f"sampler.guidance={guidance}")
         assert code == 0, err
         assert "ancestral at 31 steps is left out" in out
         sweep = json.loads((tmp_path / "x.json").read_text())["sweep"]
-        assert [evaluations for evaluations, _ in sweep["ancestral"]] == [2 * factor]
-        assert [evaluations for evaluations, _ in sweep["heun"]] == [5 * factor]
-
-
-def test_the_classifier_learns_the_digits_and_its_distance_tells_noise_from_them():
-    images, labels = draw_digits(16, num_images=1500)
-    net = train_classifier(images[:1000], labels[:1000])
-    assert accuracy(net, images[1000:], labels[1000:]) > 0.9
-    digits, noisy = images[:500], (images[:500] + 150 * torch.rand(500, 1, 16, 16)).clamp(max=255).byte()
-    assert frechet_distance(net, digits, digits) == pytest.approx(0, abs=1e-3)
-    assert frechet_distance(net, digits, images[1000:]) < 0.3 * frechet_distance(net, digits, noisy)
-
-
-def test_the_distance_is_frechets():
-    """Of all images: |difference of the means|^2 + tr(A + B - 2 (A B)^(1/2)) of the features."""
-    net = Classifier(1, 2).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    sets = [torch.randint(0, high, (number, 1, 8, 8), generator=generator).byte() for high, number in ((256, 1200), (100, 700))]
-    means, covariances = zip(*((f.mean(dim=0), f.T.cov()) for f in (net(images).double() for images in sets)))
-    root = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt().sum()
-    expected = (means[0] - means[1]).square().sum() + covariances[0].trace() + covariances[1].trace() - 2 * root
-    assert frechet_distance(net, *sets) == pytest.approx(expected.item(), rel=1e-3)
-
-
-def test_it_is_the_test_set_that_samples_are_compared_with(grey, tmp_path, script, monkeypatch, capsys):
-    """And the training set that the classifier learns and the floor is taken from; another data set gets another classifier."""
-    config = configs.load(grey)
-
-    def split(dataset, root, resolution, channels, label_dim, test=False):
-        images = torch.full((20, channels, 8, 8), 200 if test else 10, dtype=torch.uint8)
-        images[::2] += torch.randint(0, 50, images[::2].shape).byte()
-        return TensorDataset(images, torch.arange(20) % 2)
-
-    judges = [evaluate.Judge(config, CPU, tmp_path / "j")]
-    monkeypatch.setattr("edm.evaluate.open_dataset", split)
-    judges.append(evaluate.Judge(config, CPU, tmp_path / "j"))
-    assert judges[1].real.min() >= 200
-    assert judges[1].train.max() < 60
-    assert len(list((tmp_path / "j/classifier").iterdir())) == 2
+        assert [evaluations for evaluations, _ in sweep["samplers"]["ancestral"]] == [2 * factor]
+        assert [evaluations for evaluations, _ in sweep["samplers"]["heun"]] == [5 * factor]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--num_samples", 1], "--num_samples: a distance takes 2 or more samples"),
-        (["--sweep", "--num_samples", 0], "--num_samples: a distance takes 2 or more samples"),
-        (["--sweep", "--num_images", 3], "--sweep draws no bound"),
+        (["--num_samples", 3], "--num_samples: a comparison takes 4 or more samples"),
+        (["--sweep", "--num_samples", 0], "--num_samples: a comparison takes 4 or more samples"),
+        (["--sweep", "--num_images", 3], "--sweep asks for no bits per dimension"),
         (["--num_samples", 0, "--timesteps", 31], "the bound: the chain has 30 timesteps, too few for 31 steps"),
         (["chain.num_timesteps=31"], "chain.num_timesteps=30, which cannot be replaced"),
         (["sampler.solvr=ddim"], "unknown key; did you mean 'sampler.solver'"),
@@ -194,7 +202,7 @@ def test_the_bound_does_not_depend_on_the_batch(grey, tmp_path, script, monkeypa
             "x.json",
         )
         assert call_evaluate(monkeypatch, capsys, *arguments)[0] == 0
-        totals.append(json.loads((tmp_path / "x.json").read_text())["bits_per_dimension"]["total"])
+        totals.append(json.loads((tmp_path / "x.json").read_text())["bits_per_dimension"]["ode"]["total"])
     assert totals[0] == pytest.approx(totals[1], rel=1e-5)
     code, _, err = call_evaluate(monkeypatch, capsys, "--checkpoint", path, "--num_samples", 0, "--num_images", 14)
     assert code == 2
@@ -205,10 +213,12 @@ def test_what_has_no_bound_and_no_judge(grey, tmp_path, script, monkeypatch, cap
     train(configs.load(grey, ["preconditioning.formulation=ve", "training.num_training_steps=1"]), CPU, tmp_path / "output")
     path = tmp_path / "output/image/image_folder/tiny/diffusion-1.pt"
     capsys.readouterr()
-    code, out, err = call_evaluate(monkeypatch, capsys, "--checkpoint", path, "--num_samples", 3)
+    few = ("--checkpoint", path, "--num_samples", 4, "--num_images", 3, "--ode_steps", 3)
+    code, out, err = call_evaluate(monkeypatch, capsys, *few)
     assert code == 0, err
-    assert "No bound: the formulation ve knows other noise levels" in out
-    code, _, err = call_evaluate(monkeypatch, capsys, "--checkpoint", path, "--num_samples", 3, "--num_images", 3)
+    assert "by the ODE" in out
+    assert "by the bound" not in out
+    code, _, err = call_evaluate(monkeypatch, capsys, *few, "--timesteps", 3)
     assert code == 2
     assert err.startswith("error: the bound: the formulation ve knows other noise levels")
     assert err.count("\n") == 1
@@ -218,3 +228,36 @@ def test_what_has_no_bound_and_no_judge(grey, tmp_path, script, monkeypatch, cap
     code, _, err = call_evaluate(monkeypatch, capsys, "--checkpoint", path)
     assert code == 2
     assert "image_folder has one class" in err
+
+
+def test_an_evaluation_does_not_depend_on_the_processes(tmp_path, image_folder, monkeypatch, capsys):
+    """Samples, floor, the ODE's bits and the bound, of 5 images between two."""
+    monkeypatch.chdir(tmp_path)
+    config = configs.load(write_config(tmp_path, image_folder, channels=1), [*IDDPM, "training.num_training_steps=1"])
+    train(config, CPU, tmp_path / "output")
+    arguments = [
+        "--checkpoint",
+        tmp_path / "output/image/image_folder/tiny" / "diffusion-1.pt",
+        "--num_samples",
+        6,
+        "--num_images",
+        5,
+        "--ode_steps",
+        4,
+    ]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments), "--device", "cpu", "--json", "one.json"])
+    evaluate.main()
+    process = torchrun(2, tmp_path, "edm.evaluate", *arguments, "--json", "two.json")
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert out.count("Frechet distance") == 1
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    for part in ("samples", "floor"):
+        for figure in one[part]:
+            assert two[part][figure] == pytest.approx(one[part][figure], rel=0.02), figure  # a pixel may be a grey level away
+    for part in ("ode", "bound"):
+        assert two["bits_per_dimension"][part]["total"] == pytest.approx(one["bits_per_dimension"][part]["total"], rel=1e-5)
+    process = torchrun(2, tmp_path, "edm.evaluate", *arguments, "--num_images", 14)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode != 0
+    assert err.count("error: --num_images: there are 13 images") == 1
