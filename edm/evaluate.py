@@ -67,13 +67,9 @@ def main() -> None:
 
 def evaluate(args: argparse.Namespace, device: torch.device, processes: Processes) -> dict:
     """What the arguments ask for, printed, and, in the first process, as plain values."""
-    overrides = [*args.overrides, *([f"data.root={args.data_root}"] if args.data_root else [])]
-    contents = processes.from_first(lambda: checkpoint.read(args.checkpoint))
-    config = checkpoint.read_config(contents, args.checkpoint, overrides)
-    check_chain(config, checkpoint.read_config(contents, args.checkpoint), args.checkpoint)
+    contents, config, chain = processes.from_first(lambda: read(args))
     denoiser = build_denoiser(config, contents["ema"], args.checkpoint).to(device, memory_format=torch.channels_last)
     denoiser.eval().requires_grad_(False)
-    chain = asked_chain(config, args.timesteps) if args.num_images != 0 and not args.sweep else None
     judge = None  # but in the first process
 
     def appoint() -> None:
@@ -108,8 +104,18 @@ def evaluate(args: argparse.Namespace, device: torch.device, processes: Processe
     return results
 
 
+def read(args: argparse.Namespace) -> tuple[dict, Config, Chain | None]:
+    """A checkpoint, the config, and the chain of which the bound is to be computed."""
+    overrides = [*args.overrides, *([f"data.root={args.data_root}"] if args.data_root else [])]
+    contents = checkpoint.read(args.checkpoint)
+    config = checkpoint.read_config(contents, args.checkpoint, overrides)
+    check_chain(config, checkpoint.read_config(contents, args.checkpoint), args.checkpoint)
+    chain = asked_chain(config, args.timesteps) if args.num_images != 0 and not args.sweep else None
+    return contents, config, chain
+
+
 def asked_chain(config: Config, timesteps: int | None) -> Chain | None:
-    """Of which the bound is to be computed: as many timesteps as asked for, or all, if the network was trained on a chain."""
+    """As many of its timesteps as asked for, or all, if the network was trained on a chain; None for other networks."""
     if not timesteps and config.preconditioning.formulation not in FORMULATIONS:
         return None
     try:
@@ -128,9 +134,13 @@ def bits(
 ) -> dict:
     """Bits per dimension of the first real images, by the ODE and by the chain's bound, if there is a chain."""
     images, labels = processes.in_turn(lambda: images_of(config, device, test=args.against == "test"))
-    if args.num_images and args.num_images > len(images):
-        raise UserError(f"--num_images: there are {len(images):,} images")
-    count = args.num_images or min(100, len(images))
+
+    def count_images() -> int:
+        if args.num_images and args.num_images > len(images):
+            raise UserError(f"--num_images: there are {len(images):,} images")
+        return args.num_images or min(100, len(images))
+
+    count = processes.from_first(count_images)
     images, labels = images[:count], labels[:count]
     found = {"ode": ode_bits(denoiser, config, images, labels, args.ode_steps, args.batch_size, processes)}
     if chain:

@@ -55,7 +55,7 @@ def save_table(path: Path, images: torch.Tensor, rows: list[str], columns: list[
     """Draw images (R, K, C, H, W) uint8, twice their size, in rows and columns with names, under a title of the columns."""
     from matplotlib.figure import Figure
 
-    table = grid(images.flatten(0, 1), columns=images.shape[1]).permute(1, 2, 0)
+    table = grid(images.flatten(0, 1), columns=images.shape[1]).permute(1, 2, 0).numpy()
     height, width = (2 * size / 100 for size in table.shape[:2])  # in inches of 100 pixels
     figure = Figure(figsize=(width + 1.2, height + 0.7), layout="constrained", dpi=100)
     axes = figure.add_subplot()
@@ -91,13 +91,13 @@ def save_trajectories(
 
     figure = Figure(figsize=(10, 3.4), layout="constrained", dpi=100)
     image, noisy, expected = figure.subplots(1, 3, width_ratios=[2, 3, 3])
-    image.imshow(grid(images[:1], columns=1)[:, 2:-2, 2:-2].permute(1, 2, 0), interpolation="nearest")
+    image.imshow(grid(images[:1], columns=1)[:, 2:-2, 2:-2].permute(1, 2, 0).numpy(), interpolation="nearest")
     image.axis("off")
     for place, column in enumerate(columns):
         color = colormaps["turbo"]((place + 0.5) / len(columns))
         image.plot(column, row, marker="o", markersize=6, markerfacecolor=color, markeredgecolor="white")
-        noisy.plot(sigma, x[:, :, place], color=color)
-        expected.plot(sigma, denoised[:, :, place], color=color)
+        noisy.plot(sigma, x[:, :, place].numpy(), color=color)
+        expected.plot(sigma, denoised[:, :, place].numpy(), color=color)
     noisy.set(xlabel="noise level", title="the pixels x", xlim=(max(sigma), 0))
     expected.set(xlabel="noise level", title="what is expected of them, D(x)")
     expected.set_xscale("symlog", linthresh=min(level for level in sigma if level > 0))

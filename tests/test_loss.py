@@ -8,7 +8,7 @@ from reference import OFFICIAL, assert_close
 from torch import nn
 
 from edm.ema import EMA
-from edm.loss import NOISE_DISTRIBUTIONS, WEIGHTINGS, LogNormal, denoising_loss, edm_weight
+from edm.loss import NOISE_DISTRIBUTIONS, WEIGHTINGS, LogNormal, by_noise_level, denoising_loss, edm_weight
 from edm.precond import PRECONDITIONINGS
 from edm.schedule import VP, iddpm_levels
 
@@ -119,3 +119,12 @@ def test_ema_ramps_up_and_does_not_depend_on_the_batch_size():
     assert ema.beta(images_seen=10**9, batch_size=10) == ema.beta(images_seen=10_000, batch_size=10)
     assert EMA(net, 500, None).beta(images_seen=100, batch_size=10) == pytest.approx(0.5 ** (10 / 500))
     assert ema.beta(10**9, 10) ** 8 == pytest.approx(ema.beta(10**9, 80))
+
+
+def test_losses_by_noise_level():
+    """The mean of each band's images, by their importance; nan where there are none."""
+    sigma = torch.tensor([0.01, 0.04, 0.1, 0.5, 0.7, 100.0])
+    losses = torch.tensor([1.0, 2.0, 4.0, 8.0, math.nan, 32.0])
+    importance = torch.tensor([1.0, 3.0, 1.0, 1.0, 1.0, 0.5])
+    found = by_noise_level(losses, sigma, importance, torch.tensor([0.05, 0.2, 0.8, 3.2]))
+    torch.testing.assert_close(found, torch.tensor([1.75, 4.0, math.nan, math.nan, 32.0]), equal_nan=True)

@@ -1,14 +1,18 @@
 """A whole run: what it leaves behind, how it is resumed, and what it does not write over."""
 
 import json
+import math
 
 import pytest
+import torch
 from PIL import Image
 from test_training import CPU, same, trained
 
 from edm import checkpoint
 from edm import config as configs
 from edm.errors import UserError
+from edm.loss import NUM_BANDS
+from edm.pictures import running_means
 from edm.training import train
 
 
@@ -37,6 +41,33 @@ def test_a_record_with_a_torn_line_goes_on_where_it_is_whole(tiny, tmp_path):
     train(configs.load(tiny), CPU, tmp_path, resume_from="latest")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+
+
+def test_losses_are_recorded_by_noise_level(tiny, tmp_path):
+    """The batch's loss is between those of its bands; the record survives a resume, also that of an older run without bands."""
+    folder = tmp_path / "image/image_folder/tiny"
+    train(configs.load(tiny, ["training.num_training_steps=3"]), CPU, tmp_path)
+    for row in (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()):
+        known = [band for band in row["by_noise_level"] if band is not None]
+        assert len(row["by_noise_level"]) == NUM_BANDS
+        assert min(known) <= row["loss"] * (1 + 1e-6)
+        assert max(known) >= row["loss"] * (1 - 1e-6)
+    contents = checkpoint.read(folder / "diffusion-3.pt")
+    assert contents["losses"].shape == (3, 1 + NUM_BANDS)
+    contents["losses"] = contents["losses"][:, 0].clone()
+    checkpoint.write(folder / "diffusion-3.pt", contents)
+    before = (folder / "metrics.jsonl").read_text().splitlines()
+    train(configs.load(tiny), CPU, tmp_path, resume_from="latest")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows[:3]] == [json.loads(line)["loss"] for line in before]
+    assert rows[2]["by_noise_level"] == [None] * NUM_BANDS
+    assert rows[3]["by_noise_level"] != [None] * NUM_BANDS
+
+
+def test_running_means_pass_over_what_is_missing():
+    records = torch.tensor([[1.0, math.nan], [2.0, 4.0], [6.0, math.nan], [1.0, math.nan]], dtype=torch.float64)
+    expected = torch.tensor([[1.5, 4.0], [4.0, 4.0], [3.5, math.nan]], dtype=torch.float64)
+    torch.testing.assert_close(running_means(records, 2), expected, equal_nan=True)
 
 
 def test_a_run_leaves_its_pictures_record_and_checkpoints(tiny, tmp_path, capsys):
