@@ -100,14 +100,14 @@ def ode_bits(
         uniform = (1 + torch.erf(noise() / math.sqrt(2))) / 2  # the normal distribution function of normal noise
         return log_density(denoiser, dequantize(images, uniform), sigma_steps, noise, labels, denoiser.round_sigma)
 
-    num_steps = len({denoiser.round_sigma(sigma) for sigma in sigma_steps[:-1].tolist()}) - 1  # fewer, where levels are few
+    steps_taken = len({denoiser.round_sigma(sigma) for sigma in sigma_steps[:-1].tolist()}) - 1  # fewer, where levels are few
     labels = one_hot_labels(labels, config)
-    rows = per_image(compute, num_steps, images, labels, batch_size, "the likelihood", processes)
+    rows = per_image(compute, steps_taken, images, labels, batch_size, "the likelihood", processes)
     if rows is None:
         return None
     total, error = mean_and_error(bits_per_dimension(rows[-1], images[0].numel()))
-    print(f"Bits per dimension of {len(images):,} images, by the ODE in {num_steps} steps: {plus_minus(total, error)}")
-    return {"images": len(images), "steps": num_steps, "total": total, "standard_error": error}
+    print(f"Bits per dimension of {len(images):,} images, by the ODE in {steps_taken} steps: {plus_minus(total, error)}")
+    return {"images": len(images), "steps": steps_taken, "total": total, "standard_error": error}
 
 
 @torch.no_grad()

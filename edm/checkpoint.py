@@ -147,7 +147,8 @@ def check_contents(contents: object, path: Path) -> None:
             refuse(f"its {key} is not a table of tensors")
     if not isinstance(contents.get("compiled", False), bool):
         refuse("whether it was compiled is neither true nor false")
-    if not is_plain(losses) or losses.shape[1:] not in ((), (1 + NUM_BANDS,)) or len(losses) > step:
+    shapes = ((), (1 + NUM_BANDS,))  # after the first
+    if not is_plain(losses) or losses.ndim == 0 or losses.shape[1:] not in shapes or len(losses) > step:
         refuse(f"its losses are not 1 or {1 + NUM_BANDS} numbers a step")
 
 

@@ -76,9 +76,7 @@ def sampler(config: "Config") -> Callable[..., Iterator[State]]:
         chain = known_chain(config, options.sampling_steps)
 
     def run(network: Denoiser, latents, labels, noise):
-        denoiser = guided(network, options.guidance)
-        if options.clip == "true":
-            denoiser = clipped(denoiser)
+        denoiser = steered(network, config)
         if options.solver == "ancestral":
             return ancestral(denoiser, latents, chain, noise, options.variance, labels)
         if options.solver == "ddim":
@@ -100,6 +98,12 @@ def sampler(config: "Config") -> Callable[..., Iterator[State]]:
         )
 
     return run
+
+
+def steered(network: Denoiser, config: "Config"):
+    """The network's denoiser with the config's guidance and clipping, as its sampler uses it."""
+    denoiser = guided(network, config.sampler.guidance)
+    return clipped(denoiser) if config.sampler.clip == "true" else denoiser
 
 
 def sampling_plan(config: "Config") -> tuple[torch.Tensor, Schedule]:

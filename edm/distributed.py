@@ -88,12 +88,18 @@ class Processes:
         return box[0]
 
     def in_turn(self, compute: Callable[[], object]):
-        """What each computes for itself: first the first process, then the first one of each machine, then the others."""
+        """What each computes for itself: first the first process, then the first one of each machine, then the others. A
+        `UserError` of one ends them all, the others without a word."""
         turn = 0 if self.is_first else 1 if self.local_rank == 0 else 2
         for now in range(3 if self.size > 1 else 1):
+            error = None
             if now == turn:
-                result = compute()
-            self.highest(0)
+                try:
+                    result = compute()
+                except UserError as raised:
+                    error = raised
+            if self.highest(error is not None):
+                raise error or SystemExit(2)
         return result
 
     def gather(self, value: object) -> list:
@@ -155,7 +161,7 @@ def joined(device_name: str | None) -> Iterator[tuple[torch.device, Processes]]:
         reason = re.sub(r"^\[\S*\] ", "", str(error).partition("\n")[0])
         raise UserError(
             f"process {place['rank']} of {sizes['size']} has lost the others: one of them died, or cannot be reached; "
-            f"training goes on from its last checkpoint with --resume_from latest ({reason:.80})"
+            f"a training run goes on from its last checkpoint with --resume_from latest ({reason:.80})"
         ) from None
 
 

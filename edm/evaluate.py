@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -11,12 +12,12 @@ from edm.bits import bound_bits, ode_bits
 from edm.cli import Parser, run, whole_number
 from edm.config import Config
 from edm.ddpm import FORMULATIONS, Chain
-from edm.device import explain_out_of_memory
+from edm.device import autocast_dtype, explain_out_of_memory
 from edm.distributed import Processes, joined
 from edm.errors import UserError
 from edm.files import write_whole
 from edm.generate import build_denoiser, check_chain, class_labels, generate
-from edm.judge import MIN_IMAGES, Judge, images_of
+from edm.judge import MIN_IMAGES, Judge, name_of, real_images
 from edm.precond import Denoiser
 from edm.sweep import save, sweep
 
@@ -57,6 +58,10 @@ def main() -> None:
         args.num_samples = 250 if args.sweep else 1000
     if args.num_samples < MIN_IMAGES and (args.sweep or args.num_samples):
         parser.error(f"--num_samples: a comparison takes {MIN_IMAGES} or more samples")
+    if args.num_samples == args.num_images == 0:
+        parser.error("--num_samples 0 --num_images 0 leaves nothing to evaluate")
+    if args.json:
+        check_writable(args.json)
     if args.sweep and (args.num_images is not None or args.timesteps):
         parser.error("--sweep asks for no bits per dimension; leave out --num_images and --timesteps")
     with joined(args.device) as (device, processes), explain_out_of_memory(f"lower --batch_size (now {args.batch_size})"):
@@ -65,11 +70,22 @@ def main() -> None:
             write_whole(args.json, lambda file: file.write(json.dumps(results, indent=1).encode()))
 
 
+def check_writable(path: Path) -> None:
+    """Refuse, with a `UserError`, a file that could not be written after all the work."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise OSError("it is a folder, or in one that is not to be written to")
+    except OSError as error:
+        raise UserError(f"--json: cannot write {path}: {error.strerror or error}") from None
+
+
 def evaluate(args: argparse.Namespace, device: torch.device, processes: Processes) -> dict:
     """What the arguments ask for, printed, and, in the first process, as plain values."""
-    contents, config, chain = processes.from_first(lambda: read(args))
-    denoiser = build_denoiser(config, contents["ema"], args.checkpoint).to(device, memory_format=torch.channels_last)
+    config, step, weights, chain = processes.from_first(lambda: read(args))
+    denoiser = build_denoiser(config, weights, args.checkpoint).to(device, memory_format=torch.channels_last)
     denoiser.eval().requires_grad_(False)
+    seeds, precision = list(range(args.num_samples)), autocast_dtype("no", device)
     judge = None  # but in the first process
 
     def appoint() -> None:
@@ -81,11 +97,11 @@ def evaluate(args: argparse.Namespace, device: torch.device, processes: Processe
 
     def draw(config: Config) -> torch.Tensor | None:
         """(num_samples, C, H, W) uint8, from seeds 0, 1, 2, ..., in the first process."""
-        seeds = list(range(args.num_samples))
-        batches = [batch[-1] for batch in generate(denoiser, seeds, config, device, args.batch_size, processes=processes)]
-        return torch.cat(batches) if batches else None
+        batches = generate(denoiser, seeds, config, device, args.batch_size, precision, processes=processes)
+        images = [batch[-1] for batch in batches]
+        return torch.cat(images) if images else None
 
-    results = {"checkpoint": str(args.checkpoint), "step": contents["step"], "against": args.against}
+    results = {"checkpoint": str(args.checkpoint), "step": step, "against": name_of(config, args.against)}
     if args.sweep:
         results["sweep"] = sweep(denoiser, config, draw, judge, args.num_samples, processes)
         if processes.is_first:
@@ -95,23 +111,23 @@ def evaluate(args: argparse.Namespace, device: torch.device, processes: Processe
     if args.num_samples:
         images = draw(config)
         if judge:
-            labels = class_labels(list(range(len(images))), config.network.label_dim)
-            results["samples"] = judge.quality(images, labels if labels is None else labels.argmax(dim=1))
+            meant = class_labels(seeds, judge.num_classes) if config.network.label_dim == judge.num_classes else None
+            results["samples"] = judge.quality(images, meant if meant is None else meant.argmax(dim=1))
             results["floor"] = judge.floor(len(images))
-            print_table(results["samples"], results["floor"], args.against)
+            print_table(results["samples"], results["floor"], results["against"])
     if args.num_images != 0:
         results.update(bits(denoiser, config, chain, args, device, processes))
     return results
 
 
-def read(args: argparse.Namespace) -> tuple[dict, Config, Chain | None]:
-    """A checkpoint, the config, and the chain of which the bound is to be computed."""
+def read(args: argparse.Namespace) -> tuple[Config, int, dict, Chain | None]:
+    """The config, a checkpoint's step and averaged weights, and the chain of which the bound is to be computed."""
     overrides = [*args.overrides, *([f"data.root={args.data_root}"] if args.data_root else [])]
     contents = checkpoint.read(args.checkpoint)
     config = checkpoint.read_config(contents, args.checkpoint, overrides)
     check_chain(config, checkpoint.read_config(contents, args.checkpoint), args.checkpoint)
     chain = asked_chain(config, args.timesteps) if args.num_images != 0 and not args.sweep else None
-    return contents, config, chain
+    return config, contents["step"], contents["ema"], chain
 
 
 def asked_chain(config: Config, timesteps: int | None) -> Chain | None:
@@ -132,8 +148,9 @@ def bits(
     device: torch.device,
     processes: Processes,
 ) -> dict:
-    """Bits per dimension of the first real images, by the ODE and by the chain's bound, if there is a chain."""
-    images, labels = processes.in_turn(lambda: images_of(config, device, test=args.against == "test"))
+    """Bits per dimension of the first of the real images, by the ODE and by the chain's bound, if there is a chain."""
+    train, test = processes.in_turn(lambda: real_images(config, device))
+    images, labels = test if args.against == "test" else train
 
     def count_images() -> int:
         if args.num_images and args.num_images > len(images):
@@ -151,14 +168,14 @@ def bits(
 def print_table(samples: dict, floor: dict, against: str) -> None:
     """The samples' figures beside those of real images."""
     columns = (f"{samples['images']:,} samples", f"{floor['images']:,} real images")
-    print(f"{f'Against the {against} images:':<28}{columns[0]:>16}{columns[1]:>18}")
+    print(f"{f'Against {against}:':<34}{columns[0]:>16}{columns[1]:>20}")
     rows = [("Frechet distance", "frechet_distance", ".1f"), ("precision", "precision", ".3f"), ("recall", "recall", ".3f")]
     rows += [("of the right class", "right_class", ".1%"), ("class balance is off by", "class_distance", ".1%")]
     for title, key, form in rows:
         if key in samples:
-            print(f"  {title:<26}{samples[key]:>16{form}}{floor[key]:>18{form}}")
+            print(f"  {title:<32}{samples[key]:>16{form}}{floor[key]:>20{form}}")
     for index, shares in enumerate(zip(samples.get("class_shares", []), floor.get("class_shares", []))):
-        print(f"  {f'share of class {index}':<26}{shares[0]:>16.1%}{shares[1]:>18.1%}")
+        print(f"  {f'share of class {index}':<32}{shares[0]:>16.1%}{shares[1]:>20.1%}")
 
 
 if __name__ == "__main__":

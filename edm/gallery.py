@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from edm import checkpoint, choices, pictures
 from edm.cli import Parser, run, seed_list
 from edm.config import Config
 from edm.data import HAVE_TEST_SETS, to_model_range, to_uint8
-from edm.device import explain_out_of_memory, pick_device
+from edm.device import autocast_dtype, explain_out_of_memory, pick_device
 from edm.errors import UserError
 from edm.generate import build_denoiser, check_chain, class_labels, generate
 from edm.judge import images_of
@@ -64,12 +63,22 @@ def reverse_process(denoiser: Denoiser, config: Config, device: torch.device, se
     dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     noise = ImageNoise(seeds, (config.data.channels, config.data.resolution, config.data.resolution), device, dtype)
     labels = class_labels(seeds, config.network.label_dim)
-    states = choices.sampler(config)(denoiser, noise(), labels if labels is None else labels.to(device), noise)
-    states = [State(state.x.cpu(), state.sigma, state.denoised.cpu()) for state in states]
-    # A step's denoised images are those of where it began, which is where the step before it ended.
-    return [state._replace(denoised=after.denoised) for state, after in pairwise(states)] + [
-        states[-1]._replace(denoised=states[-1].x)
-    ]
+    labels = labels if labels is None else labels.to(device)
+    D, found = choices.steered(denoiser, config), []
+    for state in choices.sampler(config)(denoiser, noise(), labels, noise):
+        # The step's own denoised images are those of where it began, with churn after more noise was added.
+        denoised = D(state.x, state.sigma, labels).to(state.x.dtype) if state.sigma > 0 else state.x
+        found.append(State(state.x.cpu(), state.sigma, denoised.cpu()))
+    return found
+
+
+def sampled(
+    denoiser: Denoiser, config: Config, device: torch.device, seeds: list[int], class_index: int | None = None
+) -> torch.Tensor:
+    """The samples alone, (B, C, H, W) uint8 on the CPU."""
+    precision = autocast_dtype("no", device)
+    batches = generate(denoiser, seeds, config, device, batch_size=64, precision=precision, class_index=class_index)
+    return torch.cat([batch[-1] for batch in batches])
 
 
 def filmstrip(path: Path, denoiser: Denoiser, config: Config, device: torch.device, seeds: list[int]) -> None:
@@ -87,10 +96,10 @@ def filmstrip(path: Path, denoiser: Denoiser, config: Config, device: torch.devi
 
 
 def trajectories(path: Path, denoiser: Denoiser, config: Config, device: torch.device, seeds: list[int]) -> None:
-    """the ways of eight pixels of an image, and of what the network expects of them"""
+    """the ways of eight pixels of an image (of their red, if it has colours), and of what the network expects of them"""
+    if len(seeds) > 1 or config.sampler.sampling_steps < 2:
+        raise UserError("trajectories are those of one seed, and take 2 or more sampler.sampling_steps")
     states, size = reverse_process(denoiser, config, device, seeds), config.data.resolution
-    if len(states) < 2:
-        raise UserError("trajectories take 2 or more sampler.sampling_steps")
     columns = torch.linspace(size / 4, 3 * size / 4, NUM_PIXELS).long()
     pixels = [
         torch.stack([part[:, 0, size // 2, columns] for part in parts]) for parts in zip(*((s.x, s.denoised) for s in states))
@@ -101,12 +110,12 @@ def trajectories(path: Path, denoiser: Denoiser, config: Config, device: torch.d
 
 def neighbours(path: Path, denoiser: Denoiser, config: Config, device: torch.device, seeds: list[int]) -> None:
     """samples, each beside the training images nearest to it, pixel by pixel"""
-    samples = torch.cat([batch[-1] for batch in generate(denoiser, seeds, config, device, batch_size=64)])
+    samples = sampled(denoiser, config, device, seeds)
     train, _ = images_of(config, device, test=False)
-    distances, places = nearest_images(samples.to(device), train, NUM_NEIGHBOURS)
+    distances, places = nearest_images(samples.to(device), train, min(NUM_NEIGHBOURS, len(train)))
     rows = torch.cat([samples[:, None], train[places].cpu()], dim=1)
     names = [f"{distance:.3f}" for distance in distances[:, 0].tolist()]
-    pictures.save_table(path, rows, names, ["sample", *["training"] * NUM_NEIGHBOURS], "beside the distance to the nearest")
+    pictures.save_table(path, rows, names, ["sample", *["training"] * places.shape[1]], "beside the distance to the nearest")
     print("Root mean square distance to the nearest training image, median:")
     print(f"  {distances[:, 0].median():.3f} of {len(seeds)} samples")
     if config.data.dataset in HAVE_TEST_SETS:
@@ -118,19 +127,15 @@ def neighbours(path: Path, denoiser: Denoiser, config: Config, device: torch.dev
 def nearest_images(images: torch.Tensor, train: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k nearest training images of each of (N, C, H, W) uint8: root mean square differences of the pixels in [-1, 1], and
     indices, (N, k) each."""
-    train = to_model_range(train).flatten(1)
-    parts = [torch.cdist(to_model_range(part).flatten(1), train).topk(k, largest=False) for part in images.split(100)]
-    distances, places = (torch.cat(results) for results in zip(*parts))
-    return distances / train.shape[1] ** 0.5, places
+    images, train = (to_model_range(part).flatten(1) for part in (images, train))
+    places = torch.cat([torch.cdist(part, train).topk(k, largest=False).indices for part in images.split(100)])
+    return (images[:, None] - train[places]).square().mean(dim=2).sqrt(), places  # which cdist finds less exactly
 
 
 def classes(path: Path, denoiser: Denoiser, config: Config, device: torch.device, seeds: list[int]) -> None:
     """a column for each class, from the same noise in every row"""
     label_dim = num_classes(config)
-    columns = [
-        torch.cat([batch[-1] for batch in generate(denoiser, seeds, config, device, batch_size=64, class_index=index)])
-        for index in range(label_dim)
-    ]
+    columns = [sampled(denoiser, config, device, seeds, class_index=index) for index in range(label_dim)]
     names = [f"seed {seed}" for seed in seeds]
     pictures.save_table(path, torch.stack(columns, dim=1), names, list(map(str, range(label_dim))), "class")
 
@@ -140,7 +145,7 @@ def guidance(path: Path, denoiser: Denoiser, config: Config, device: torch.devic
     label_dim, rows = num_classes(config), []
     for strength in GUIDANCE:
         varied = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, guidance=float(strength)))
-        rows.append(torch.cat([batch[-1] for batch in generate(denoiser, seeds, varied, device, batch_size=64)]))
+        rows.append(sampled(denoiser, varied, device, seeds))
     names = [f"guidance {strength:g}" for strength in GUIDANCE]
     pictures.save_table(path, torch.stack(rows), names, [str(seed % label_dim) for seed in seeds], "class")
 

@@ -24,23 +24,43 @@ NEIGHBOUR = 3  # the nearest of its own kind to which an image's surroundings re
 MIN_IMAGES = NEIGHBOUR + 1
 
 
-def images_of(config: Config, device: torch.device, test: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (N, C, H, W) uint8 and labels (N,) of the config's data set, on the device: of its test set, if it has one."""
+Labelled = tuple[torch.Tensor, torch.Tensor]  # images (N, C, H, W) uint8 and labels (N,)
+
+
+def images_of(config: Config, device: torch.device, test: bool) -> Labelled:
+    """Those of the config's data set, on the device: of its test set, if it has one."""
     data = config.data
     dataset = open_dataset(data.dataset, data.root, data.resolution, data.channels, config.network.label_dim, test)
     images, labels = whole(dataset)
     return images.to(device), labels.to(device)
 
 
-def shuffled(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def shuffled(images: torch.Tensor, labels: torch.Tensor) -> Labelled:
     """Both in one random order, always the same."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(images.device)
     return images[order], labels[order]
 
 
+def real_images(config: Config, device: torch.device) -> tuple[Labelled, Labelled]:
+    """The training images of the config's data set, and those that it holds back: its test images, or, where it has none, the
+    first half of all, the second half being what counts as its training images (though a network may have learned both)."""
+    train = images_of(config, device, test=False)
+    if config.data.dataset in HAVE_TEST_SETS:
+        return train, images_of(config, device, test=True)
+    images, labels = shuffled(*train)
+    half = len(images) // 2
+    return (images[half:], labels[half:]), (images[:half], labels[:half])
+
+
+def name_of(config: Config, against: str) -> str:
+    """What `real_images` gives, in words."""
+    if config.data.dataset in HAVE_TEST_SETS:
+        return {"test": "test images", "train": "training images"}[against]
+    return {"test": "one half of the images", "train": "the other half of the images"}[against]
+
+
 class Judge:
-    """Compares images with the test images of the config's data set, or with its training images. A data set without test
-    images is divided in two halves, the first of which takes their place.
+    """Compares images with those that the config's data set holds back (`real_images`), or with its training images.
 
     Args:
         config: of the network whose samples are judged.
@@ -56,11 +76,7 @@ class Judge:
     def __init__(
         self, config: Config, device: torch.device, output_dir: Path, against: str = "test", features: str = "classifier"
     ):
-        train, test = images_of(config, device, test=False), images_of(config, device, test=True)
-        if config.data.dataset not in HAVE_TEST_SETS:
-            half = len(test[0]) // 2
-            images, labels = shuffled(*test)
-            test, train = (images[:half], labels[:half]), (images[half:], labels[half:])
+        train, test = real_images(config, device)
         if min(len(train[0]), len(test[0])) < MIN_IMAGES:
             raise UserError(f"{config.data.dataset} has too few images to compare samples with, fewer than {2 * MIN_IMAGES}")
         self.num_classes = int(torch.cat([train[1], test[1]]).max()) + 1
@@ -76,7 +92,7 @@ class Judge:
         )
         self.real_features = features_of(self.net, self.real)
 
-    def load_classifier(self, config: Config, train, test, output_dir: Path) -> Classifier:
+    def load_classifier(self, config: Config, train: Labelled, test: Labelled, output_dir: Path) -> Classifier:
         """From the file of the one that was trained on these very images, or newly trained; its accuracy is printed."""
         data = config.data
         digest = hashlib.blake2b(train[0].cpu().numpy(), digest_size=6)

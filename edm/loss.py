@@ -109,7 +109,7 @@ def by_noise_level(losses: torch.Tensor, sigma: torch.Tensor, importance: torch.
         edges: (K,), rising noise levels, on the same device.
 
     Returns:
-        (K + 1,), nan where there are no images.
+        (K + 1,), nan where there are no images, and not finite where one of the losses is not.
     """
     among = torch.bucketize(sigma, edges)[:, None] == torch.arange(len(edges) + 1, device=sigma.device)
     weight = among * importance[:, None]

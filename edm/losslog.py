@@ -47,8 +47,8 @@ class LossLog:
     def lines(self, start: int) -> str:
         """The file's lines from the `start`-th loss on."""
         lines = []
-        for step, (loss, *bands) in zip(self.steps[start:], self.records[start:]):
-            bands = [None if math.isnan(band) else band for band in bands]
+        for step, record in zip(self.steps[start:], self.records[start:]):
+            loss, *bands = (number if math.isfinite(number) else None for number in record)  # JSON has no others
             lines.append(json.dumps({"step": step, "images": step * self.batch_size, "loss": loss, "by_noise_level": bands}))
         return "".join(line + "\n" for line in lines)
 

@@ -88,8 +88,9 @@ class Inception(nn.Module):
 
 def features_of(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Images (N, C, H, W) uint8, on the network's device -> features (N, F)."""
+    parts = tqdm(images.split(100), desc="features", leave=False)
     with torch.no_grad():
-        return torch.cat([net(part) for part in images.split(100)])
+        return torch.cat([net(part) for part in parts])
 
 
 def frechet_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
@@ -115,7 +116,8 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tupl
     def share(points: torch.Tensor, others: torch.Tensor) -> float:
         # Matrix products would find the distance as a difference of large numbers, and copies apart.
         cdist = functools.partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
-        radii = torch.cat([cdist(part, others).kthvalue(k + 1).values for part in others.split(1000)])  # itself is the first
+        nearest = [cdist(part, others).topk(k + 1, largest=False).values for part in others.split(1000)]  # the first is itself
+        radii = torch.cat(nearest)[:, k]
         within = [(cdist(part, others) <= radii).any(dim=1) for part in points.split(1000)]
         return torch.cat(within).double().mean().item()
 

@@ -98,7 +98,9 @@ def save_trajectories(
         image.plot(column, row, marker="o", markersize=6, markerfacecolor=color, markeredgecolor="white")
         noisy.plot(sigma, x[:, :, place].numpy(), color=color)
         expected.plot(sigma, denoised[:, :, place].numpy(), color=color)
-    noisy.set(xlabel="noise level", title="the pixels x", xlim=(max(sigma), 0))
+    noisy.set(
+        xlabel="noise level", title="the pixels x" if images.shape[1] == 1 else "the pixels x (red)", xlim=(max(sigma), 0)
+    )
     expected.set(xlabel="noise level", title="what is expected of them, D(x)")
     expected.set_xscale("symlog", linthresh=min(level for level in sigma if level > 0))
     expected.set_xlim(max(sigma), 0)
@@ -136,12 +138,10 @@ def save_loss_curve(path: Path, steps: Sequence[int], records: torch.Tensor, edg
 
 
 def running_means(records: torch.Tensor, window: int) -> torch.Tensor:
-    """Over each `window` rows of (N, K): (N - window + 1, K), of what is not nan there."""
-    known = ~records.isnan()
-    sums, counts = (
-        torch.cat([part.new_zeros(1, part.shape[1]), part.cumsum(dim=0)])
-        for part in (records.nan_to_num(nan=0), known.double())
-    )
+    """Over each `window` rows of (N, K): (N - window + 1, K), of what is finite there."""
+    known = records.isfinite()
+    parts = torch.where(known, records, 0), known.to(records.dtype)
+    sums, counts = (torch.cat([part.new_zeros(1, part.shape[1]), part.cumsum(dim=0)]) for part in parts)
     return (sums[window:] - sums[:-window]) / (counts[window:] - counts[:-window])
 
 

@@ -84,7 +84,9 @@ def wrong_contents(contents: dict) -> list[dict]:
     wrong += [{**contents, "optimizer": {**moments, 9999: moments[0]}}]
     wrong += [{**contents, "scaler": other} for other in (None, [1], {"scale": "x"}, {"scale": torch.zeros(2)})]
     wrong += [{**contents, "compiled": other} for other in (None, 1, "true")]
-    wrong += [{**contents, "losses": other} for other in (None, 3, [1.0, 2.0], torch.zeros(3), torch.zeros(1, 2))]
+    wrong += [
+        {**contents, "losses": other} for other in (None, 3, [1.0, 2.0], torch.zeros(3), torch.zeros(1, 2), torch.tensor(5.0))
+    ]
     return wrong
 
 

@@ -1,6 +1,7 @@
 """How good a checkpoint is: the command, the bits over a data set, the sweep, and what is refused."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -14,11 +15,14 @@ from torch.nn.functional import one_hot
 
 from edm import checkpoint, evaluate
 from edm import config as configs
-from edm.data import open_dataset, to_model_range, whole
+from edm.data import to_model_range
 from edm.ddpm import make_chain, variational_bound
 from edm.generate import build_denoiser
+from edm.judge import real_images
+from edm.likelihood import dequantize, log_density
 from edm.randomness import ImageNoise
 from edm.sampler import clipped
+from edm.schedule import ve_steps
 from edm.sweep import HEUN
 from edm.training import train
 
@@ -115,26 +119,30 @@ def test_a_sweep_is_drawn(grey, tmp_path, script, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("clip", "label_dim"), [("true", 2), ("false", 2), ("true", 0)])
-def test_the_bound_is_that_of_the_first_test_images(tmp_path, image_folder, script, monkeypatch, capsys, clip, label_dim):
-    """With their labels, and clipped if samples are; noise belongs to an image's number."""
+def test_the_bits_are_those_of_the_first_images_held_back(tmp_path, image_folder, script, monkeypatch, capsys, clip, label_dim):
+    """With their labels; noise belongs to an image's number. The bound is clipped if samples are, the ODE is not."""
     path = write_config(tmp_path, image_folder, channels=3)
     options = [*IDDPM, f"sampler.clip={clip}", f"network.label_dim={label_dim}", "loss.label_dropout=0"]
     config = configs.load(path, [*options, "training.num_training_steps=5", "training.learning_rate=0.01"])
     train(config, CPU, tmp_path / "output")
     path = tmp_path / "output/image/image_folder/tiny/diffusion-5.pt"
-    arguments = ("--checkpoint", path, "--num_samples", 0, "--num_images", 9, "--batch_size", 4, "--json", "x.json")
-    assert call_evaluate(monkeypatch, capsys, *arguments)[0] == 0
-    found = json.loads((tmp_path / "x.json").read_text())["bits_per_dimension"]["bound"]
-    images, labels = whole(open_dataset("image_folder", str(image_folder), 8, 3, label_dim))
-    y, labels = to_model_range(images[:9]).double(), one_hot(labels[:9], 2) if label_dim else None
-    denoiser = build_denoiser(config, checkpoint.read(path)["ema"]).eval()
-    noise = ImageNoise(range(9), (3, 8, 8), CPU, torch.float64)
-    chain = make_chain("cosine", 30)
+    arguments = ("--num_samples", 0, "--num_images", 5, "--ode_steps", 4, "--batch_size", 4, "--json", "x.json")
+    assert call_evaluate(monkeypatch, capsys, "--checkpoint", path, *arguments)[0] == 0
+    found = json.loads((tmp_path / "x.json").read_text())["bits_per_dimension"]
+    _, (images, labels) = real_images(config, CPU)
+    images, labels = images[:5], one_hot(labels[:5], 2) if label_dim else None
+    y, denoiser = to_model_range(images).double(), build_denoiser(config, checkpoint.read(path)["ema"]).eval()
+    noise, chain = ImageNoise(range(5), (3, 8, 8), CPU, torch.float64), make_chain("cosine", 30)
     with torch.no_grad():
         terms = variational_bound(clipped(denoiser) if clip == "true" else denoiser, y, chain, noise, "learned_range", labels)
-        total = sum(terms) + chain.prior_term(y)
-    assert found["total"] == pytest.approx(total.mean().item(), rel=1e-5)
-    assert found["standard_error"] == pytest.approx(total.std().item() / 3, rel=1e-4)
+        bound = sum(terms) + chain.prior_term(y)
+    noise = ImageNoise(range(5), (3, 8, 8), CPU, torch.float64)
+    x, levels = dequantize(images, torch.special.ndtr(noise())), denoiser.preconditioning
+    sigma_steps = ve_steps(5, max(levels.sigma_min, 0.002), min(levels.sigma_max, 80))
+    *_, log = log_density(denoiser, x, sigma_steps, noise, labels, denoiser.round_sigma)
+    for name, bits in (("bound", bound), ("ode", -log.detach() / math.log(2) / 192 + math.log2(127.5))):
+        assert found[name]["total"] == pytest.approx(bits.mean().item(), rel=1e-5), name
+        assert found[name]["standard_error"] == pytest.approx(bits.std().item() / math.sqrt(5), rel=1e-3), name
 
 
 def test_the_sweep_counts_the_networks_evaluations(grey, tmp_path, script, monkeypatch, capsys):
@@ -161,6 +169,9 @@ def test_the_sweep_counts_the_networks_evaluations(grey, tmp_path, script, monke
         (["--sweep", "--num_images", 3], "--sweep asks for no bits per dimension"),
         (["--num_samples", 0, "--timesteps", 31], "the bound: the chain has 30 timesteps, too few for 31 steps"),
         (["chain.num_timesteps=31"], "chain.num_timesteps=30, which cannot be replaced"),
+        (["--num_samples", 0, "--num_images", 0], "leaves nothing to evaluate"),
+        (["--json", "tiny.yaml/x.json"], "--json: cannot write tiny.yaml/x.json: "),
+        (["--json", "output"], "--json: cannot write output: it is a folder"),
         (["sampler.solvr=ddim"], "unknown key; did you mean 'sampler.solver'"),
     ],
 )
@@ -206,7 +217,7 @@ def test_the_bound_does_not_depend_on_the_batch(grey, tmp_path, script, monkeypa
     assert totals[0] == pytest.approx(totals[1], rel=1e-5)
     code, _, err = call_evaluate(monkeypatch, capsys, "--checkpoint", path, "--num_samples", 0, "--num_images", 14)
     assert code == 2
-    assert err.endswith("\rerror: --num_images: there are 13 images\n")
+    assert err.endswith("\rerror: --num_images: there are 6 images\n")
 
 
 def test_what_has_no_bound_and_no_judge(grey, tmp_path, script, monkeypatch, capsys):
@@ -257,7 +268,7 @@ def test_an_evaluation_does_not_depend_on_the_processes(tmp_path, image_folder, 
             assert two[part][figure] == pytest.approx(one[part][figure], rel=0.02), figure  # a pixel may be a grey level away
     for part in ("ode", "bound"):
         assert two["bits_per_dimension"][part]["total"] == pytest.approx(one["bits_per_dimension"][part]["total"], rel=1e-5)
-    process = torchrun(2, tmp_path, "edm.evaluate", *arguments, "--num_images", 14)
+    process = torchrun(2, tmp_path, "edm.evaluate", *arguments[:2], "--num_samples", 0, "--data_root", "nowhere")
     out, err = process.communicate(timeout=240)
     assert process.returncode != 0
-    assert err.count("error: --num_images: there are 13 images") == 1
+    assert err.count("error: ") == err.count("error: data.root: 'nowhere' is not a folder") == 1

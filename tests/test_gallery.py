@@ -60,12 +60,20 @@ def test_the_filmstrip_pairs_noisy_images_with_what_the_network_makes_of_them(tr
     final = samples(trained, [5, 2], "sampler.sampling_steps=12")
     assert close(images[::2, -1], final)
     assert close(images[1::2, -1], final)
-    config = configs.from_dict(trained.config.to_dict(), "tiny", "here", ["sampler.sampling_steps=12"])
+
+
+@pytest.mark.parametrize("options", [[], ["S_churn=5"], ["solver=euler", "guidance=2"], ["clip=true", "guidance=3"]], ids=str)
+def test_what_the_network_makes_of_a_state(trained, options):
+    overrides = ["sampler.sampling_steps=5", *(f"sampler.{option}" for option in options)]
+    config = configs.from_dict(trained.config.to_dict(), "tiny", "here", overrides)
     states = gallery.reverse_process(trained.denoiser, config, CPU, [5, 2])
-    labels = torch.eye(2)[[1, 0]]
-    with torch.no_grad():
-        for state in states[:-1]:
-            torch.testing.assert_close(state.denoised, trained.denoiser(state.x, state.sigma, labels).double())
+    assert len(states) == 5
+    for state in states[:-1]:
+        with torch.no_grad():
+            unconditional, D = (trained.denoiser(state.x, state.sigma, labels) for labels in (None, torch.eye(2)[[1, 0]]))
+        D = unconditional + config.sampler.guidance * (D - unconditional)
+        torch.testing.assert_close(state.denoised, (D.clamp(-1, 1) if config.sampler.clip == "true" else D).double())
+    assert torch.equal(states[-1].denoised, states[-1].x)
 
 
 def test_trajectories_are_those_of_pixels_in_the_picture(trained):
@@ -75,8 +83,9 @@ def test_trajectories_are_those_of_pixels_in_the_picture(trained):
     assert x.shape == denoised.shape == (len(sigma), 1, gallery.NUM_PIXELS)
     pixels = to_model_range(images[:, 0, row, columns]).double()
     torch.testing.assert_close(x[-1].clamp(-1, 1), pixels, atol=1 / 255, rtol=0)
-    code, err, _ = trained("trajectories", "sampler.sampling_steps=1")
-    assert (code, err) == (2, "error: trajectories take 2 or more sampler.sampling_steps\n")
+    for arguments in (["sampler.sampling_steps=1"], ["--seeds", "0-2"]):
+        code, err, _ = trained("trajectories", *arguments)
+        assert (code, err) == (2, "error: trajectories are those of one seed, and take 2 or more sampler.sampling_steps\n")
 
 
 def test_neighbours_are_the_nearest_training_images(trained, image_folder):
@@ -89,6 +98,10 @@ def test_neighbours_are_the_nearest_training_images(trained, image_folder):
         distances = (to_model_range(row[0]) - to_model_range(train_images)).square().mean(dim=(1, 2, 3)).sqrt().sort()
         assert torch.equal(row[1:], train_images[distances.indices[: gallery.NUM_NEIGHBOURS]])
         assert float(name) == pytest.approx(distances.values[0].item(), abs=1e-3)
+    for path in sorted(image_folder.glob("*/*.png"))[3:]:
+        path.unlink()
+    code, err, (_, images, *_) = trained("neighbours", "--seeds", "0-1")
+    assert (code, images.shape[:2]) == (0, (2, 4)), err
 
 
 def test_classes_and_guidance(trained):

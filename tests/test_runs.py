@@ -65,8 +65,8 @@ def test_losses_are_recorded_by_noise_level(tiny, tmp_path):
 
 
 def test_running_means_pass_over_what_is_missing():
-    records = torch.tensor([[1.0, math.nan], [2.0, 4.0], [6.0, math.nan], [1.0, math.nan]], dtype=torch.float64)
-    expected = torch.tensor([[1.5, 4.0], [4.0, 4.0], [3.5, math.nan]], dtype=torch.float64)
+    records = torch.tensor([[1, math.nan], [2, 4], [6, math.nan], [1, math.inf], [math.inf, 7]], dtype=torch.float64)
+    expected = torch.tensor([[1.5, 4], [4, 4], [3.5, math.nan], [1, 7]], dtype=torch.float64)
     torch.testing.assert_close(running_means(records, 2), expected, equal_nan=True)
 
 
