@@ -38,7 +38,7 @@ def plain(tmp_path, image_folder):
 
 def torchrun(processes: int, tmp_path, script, *arguments: object, options=(), **popen) -> subprocess.Popen:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
-    target = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+    target = ["-m", script] if script == "edm.evaluate" else [str(ROOT / script)]
     call = [*launcher, *target, *map(str, arguments), "--device", "cpu"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(

@@ -86,21 +86,21 @@ def test_training_brings_the_samples_nearer_to_the_data(tmp_path, script, monkey
     overrides = ["data.resolution=8", "network.model_channels=8", "network.channel_mult=[1, 2]", "network.attn_resolutions=[4]"]
     overrides += ["sampler.num_samples=4", "sampler.sampling_steps=6", "training.lr_rampup_images=100"]
     found = {}
-    for steps in (1, 250):
+    for steps in (1, 180):
         config = configs.load(ROOT / "configs/quickstart.yaml", [*overrides, f"training.num_training_steps={steps}"])
         train(config, CPU, tmp_path / "output", overwrite=True)
         path = tmp_path / f"output/image/digits/quickstart/diffusion-{steps}.pt"
-        arguments = ("--num_samples", 200, "--num_images", 20, "--ode_steps", 16, "--json", "x.json")
+        arguments = ("--num_samples", 150, "--num_images", 10, "--ode_steps", 12, "--json", "x.json")
         code, _, err = call_evaluate(monkeypatch, capsys, "--checkpoint", path, *arguments)
         assert code == 0, err
         found[steps] = json.loads((tmp_path / "x.json").read_text())
-    untrained, trained, floor = found[1]["samples"], found[250]["samples"], found[250]["floor"]
+    untrained, trained, floor = found[1]["samples"], found[180]["samples"], found[180]["floor"]
     assert untrained["frechet_distance"] > 3 * trained["frechet_distance"]
     assert trained["frechet_distance"] > 1.5 * floor["frechet_distance"]
     for figure in ("precision", "right_class"):
         assert 2 * untrained[figure] < trained[figure] < 0.7 * floor[figure]
     assert trained["class_distance"] < 0.6 * untrained["class_distance"]
-    bits = [found[steps]["bits_per_dimension"]["ode"]["total"] for steps in (1, 250)]
+    bits = [found[steps]["bits_per_dimension"]["ode"]["total"] for steps in (1, 180)]
     assert bits[0] > bits[1] + 1
 
 
