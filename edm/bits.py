@@ -12,11 +12,12 @@ from edm.config import Config
 from edm.data import to_model_range
 from edm.ddpm import Chain, variational_bound
 from edm.distributed import Processes
+from edm.errors import UserError
 from edm.likelihood import bits_per_dimension, dequantize, log_density
 from edm.precond import Denoiser
 from edm.randomness import ImageNoise
 from edm.sampler import clipped
-from edm.schedule import RANGES, table_1
+from edm.schedule import RANGES, ve_steps
 
 
 def per_image(
@@ -66,6 +67,19 @@ def one_hot_labels(labels: torch.Tensor, config: Config) -> torch.Tensor | None:
     return one_hot(labels, config.network.label_dim) if config.network.label_dim else None
 
 
+def ode_levels(denoiser: Denoiser, config: Config, num_steps: int) -> torch.Tensor:
+    """Rising noise levels of the sampler's range, in geometric progression, as the network knows them: (num_steps + 1,), or
+    fewer where it knows few."""
+    options, formulation = config.sampler, denoiser.preconditioning
+    low, high = RANGES[options.discretization]
+    low = max(low if options.sigma_min is None else options.sigma_min, formulation.sigma_min)
+    high = min(high if options.sigma_max is None else options.sigma_max, formulation.sigma_max)
+    levels = sorted({denoiser.round_sigma(sigma) for sigma in ve_steps(num_steps + 1, low, high)[:-1].tolist()})
+    if low >= high or len(levels) < 2:
+        raise UserError(f"bits per dimension: the network knows no two noise levels from {low:g} to {high:g}")
+    return torch.tensor(levels, dtype=torch.float64)
+
+
 @torch.no_grad()
 def ode_bits(
     denoiser: Denoiser,
@@ -85,29 +99,23 @@ def ode_bits(
 
     Returns:
         "total" and its "standard_error" (of the images, their points and Hutchinson's estimate), in the first process.
+
+    Raises:
+        UserError: the network does not know two noise levels of the sampler's range.
     """
-    options, formulation = config.sampler, denoiser.preconditioning
-    low, high = RANGES[options.discretization]
-    sigma_steps, _ = table_1(
-        num_steps + 1,
-        "ve",
-        sigma_min=options.sigma_min or low,
-        sigma_max=options.sigma_max or high,
-        supported=(formulation.sigma_min, formulation.sigma_max),
-    )
+    levels = ode_levels(denoiser, config, num_steps)
 
     def compute(images: torch.Tensor, labels: torch.Tensor | None, noise: ImageNoise) -> Iterator[torch.Tensor]:
         uniform = (1 + torch.erf(noise() / math.sqrt(2))) / 2  # the normal distribution function of normal noise
-        return log_density(denoiser, dequantize(images, uniform), sigma_steps, noise, labels, denoiser.round_sigma)
+        return log_density(denoiser, dequantize(images, uniform), levels, noise, labels)
 
-    steps_taken = len({denoiser.round_sigma(sigma) for sigma in sigma_steps[:-1].tolist()}) - 1  # fewer, where levels are few
     labels = one_hot_labels(labels, config)
-    rows = per_image(compute, steps_taken, images, labels, batch_size, "the likelihood", processes)
+    rows = per_image(compute, len(levels) - 1, images, labels, batch_size, "the likelihood", processes)
     if rows is None:
         return None
     total, error = mean_and_error(bits_per_dimension(rows[-1], images[0].numel()))
-    print(f"Bits per dimension of {len(images):,} images, by the ODE in {steps_taken} steps: {plus_minus(total, error)}")
-    return {"images": len(images), "steps": steps_taken, "total": total, "standard_error": error}
+    print(f"Bits per dimension of {len(images):,} images, by the ODE in {len(levels) - 1} steps: {plus_minus(total, error)}")
+    return {"images": len(images), "steps": len(levels) - 1, "total": total, "standard_error": error}
 
 
 @torch.no_grad()

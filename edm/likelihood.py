@@ -41,7 +41,6 @@ def log_density(
     sigma_steps: torch.Tensor,
     noise: Callable[[], torch.Tensor],
     labels: torch.Tensor | None = None,
-    round_sigma: Callable[[float], float] = lambda sigma: sigma,
 ) -> Iterator[torch.Tensor]:
     """log p(x; sigma_min), in nats, by the way of every image up to sigma_max, where p is N(0, sigma_max^2 I).
 
@@ -51,19 +50,17 @@ def log_density(
     Args:
         denoiser: D(x, sigma, labels) -> (B, C, H, W), differentiable.
         x: (B, C, H, W); their precision is the ODE's.
-        sigma_steps: noise levels in any order, those of 0 being left out; at least two different ones.
+        sigma_steps: (N + 1,), rising noise levels, above 0.
         noise: called before every evaluation for unit normal noise of x's shape, whose signs are Hutchinson's v.
         labels: one-hot (B, K) or None.
-        round_sigma: the nearest noise level that the denoiser knows; by default it knows all.
 
     Yields:
-        After each step, twice an evaluation with its gradient, log p(x; sigma_min), (B,), if p were N(0, sigma^2 I) at the
-        noise level reached; the last one is the answer.
+        After each of the N steps, of two evaluations with their gradients, log p(x; sigma_min), (B,), if p were
+        N(0, sigma^2 I) at the noise level reached; the last one is the answer.
     """
-    sigma_steps = sorted({round_sigma(sigma) for sigma in sigma_steps.tolist() if sigma > 0})
     num_dimensions = x[0].numel()
     gained = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-    for sigma, sigma_next in pairwise(sigma_steps):
+    for sigma, sigma_next in pairwise(sigma_steps.tolist()):
         D, trace = trace_estimate(denoiser, x, sigma, labels, noise().sign())
         slope = (x - D) / sigma
         h = sigma_next - sigma

@@ -138,8 +138,8 @@ def test_the_bits_are_those_of_the_first_images_held_back(tmp_path, image_folder
         bound = sum(terms) + chain.prior_term(y)
     noise = ImageNoise(range(5), (3, 8, 8), CPU, torch.float64)
     x, levels = dequantize(images, torch.special.ndtr(noise())), denoiser.preconditioning
-    sigma_steps = ve_steps(5, max(levels.sigma_min, 0.002), min(levels.sigma_max, 80))
-    *_, log = log_density(denoiser, x, sigma_steps, noise, labels, denoiser.round_sigma)
+    sigma_steps = ve_steps(5, max(levels.sigma_min, 0.002), min(levels.sigma_max, 80))[:-1].flip(0)
+    *_, log = log_density(denoiser, x, levels.round_sigma(sigma_steps), noise, labels)
     for name, bits in (("bound", bound), ("ode", -log.detach() / math.log(2) / 192 + math.log2(127.5))):
         assert found[name]["total"] == pytest.approx(bits.mean().item(), rel=1e-5), name
         assert found[name]["standard_error"] == pytest.approx(bits.std().item() / math.sqrt(5), rel=1e-3), name
@@ -233,6 +233,10 @@ def test_what_has_no_bound_and_no_judge(grey, tmp_path, script, monkeypatch, cap
     assert code == 2
     assert err.startswith("error: the bound: the formulation ve knows other noise levels")
     assert err.count("\n") == 1
+    for arguments in (["sampler.sigma_min=90"], ["sampler.sigma_min=1", "sampler.sigma_max=1"]):
+        code, _, err = call_evaluate(monkeypatch, capsys, *few[:2], "--num_samples", 0, *arguments, "sampler.solver=ancestral")
+        assert code == 2
+        assert err.count("\n") == 1
     for name in ("dark", "light"):
         for file in (tmp_path / "images" / name).iterdir():
             file.rename(tmp_path / "images" / f"{name}{file.name}")

@@ -17,6 +17,11 @@ def normal_noise(x: torch.Tensor, seed: int = 0):
     return lambda: torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
 
+def levels(*arguments) -> torch.Tensor:
+    """In geometric progression, rising."""
+    return ve_steps(*arguments)[:-1].flip(0)
+
+
 def last(states) -> torch.Tensor:
     *_, answer = states
     return answer
@@ -30,7 +35,7 @@ def test_bits_of_a_gaussian_mixture(sigma_min):
     """Within 2 standard errors of the exact value: of these images, over Hutchinson's signs; and of all images, its entropy."""
     x = MIXTURE.sample(2000, torch.Generator().manual_seed(1)).view(-1, 1, 2, 2)
     x = x + sigma_min * normal_noise(x, seed=2)()
-    estimate = last(log_density(MIXTURE, x, ve_steps(128, sigma_min, 80), normal_noise(x)))
+    estimate = last(log_density(MIXTURE, x, levels(128, sigma_min, 80), normal_noise(x)))
     bits, exact = (bits_per_dimension(log, 4) for log in (estimate, MIXTURE.log_density(x, sigma_min)))
     difference = bits - exact
     assert abs(difference.mean()) < 2 * difference.std() / math.sqrt(len(x))
@@ -46,7 +51,7 @@ def test_order_of_convergence():
     mixture = GaussianMixture(torch.tensor([[-0.6], [0.1], [0.7]]), torch.tensor([0.04, 0.01, 0.09]).view(3, 1, 1))
     x = torch.linspace(-1.2, 1.2, 25, dtype=torch.float64).view(-1, 1, 1, 1)
     coarse, middle, fine = (
-        last(log_density(mixture, x, ve_steps(steps + 1, 0.01, 800), normal_noise(x))) for steps in (128, 256, 512)
+        last(log_density(mixture, x, levels(steps + 1, 0.01, 800), normal_noise(x))) for steps in (128, 256, 512)
     )
     order = math.log2((middle - coarse).abs().max() / (fine - middle).abs().max())
     assert order == pytest.approx(2, abs=0.2)
@@ -63,7 +68,7 @@ def test_hutchinsons_mean_is_the_trace():
     torch.testing.assert_close(torch.stack(estimates).mean(dim=0), exact)
 
 
-def test_noise_levels_are_rounded_and_labels_handed_on():
+def test_labels_are_handed_on():
     seen = []
 
     def denoiser(x, sigma, labels):
@@ -71,9 +76,7 @@ def test_noise_levels_are_rounded_and_labels_handed_on():
         return MIXTURE(x, sigma)
 
     x, labels = wave(2, 1, 2, 2, scale=1.0, frequency=1.3, phase=0.2), torch.eye(2)
-    states = list(
-        log_density(denoiser, x, torch.tensor([4.2, 0.1, 1.4, 0.9, 0]), normal_noise(x), labels, lambda s: max(round(s), 0.5))
-    )
+    states = list(log_density(denoiser, x, torch.tensor([0.5, 1, 4]), normal_noise(x), labels))
     assert [sigma for sigma, _ in seen] == [0.5, 1, 1, 4]
     assert all(given is labels for _, given in seen)
     assert len(states) == 2
