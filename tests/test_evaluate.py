@@ -15,14 +15,16 @@ from torch.nn.functional import one_hot
 
 from edm import checkpoint, evaluate
 from edm import config as configs
+from edm.bits import ode_levels
 from edm.data import to_model_range
 from edm.ddpm import make_chain, variational_bound
 from edm.generate import build_denoiser
 from edm.judge import real_images
 from edm.likelihood import dequantize, log_density
+from edm.precond import Denoiser, EDMPreconditioning, iDDPMPreconditioning
 from edm.randomness import ImageNoise
 from edm.sampler import clipped
-from edm.schedule import ve_steps
+from edm.schedule import iddpm_levels, ve_steps
 from edm.sweep import HEUN
 from edm.training import train
 
@@ -102,6 +104,28 @@ def test_training_brings_the_samples_nearer_to_the_data(tmp_path, script, monkey
     assert trained["class_distance"] < 0.6 * untrained["class_distance"]
     bits = [found[steps]["bits_per_dimension"]["ode"]["total"] for steps in (1, 180)]
     assert bits[0] > bits[1] + 1
+
+
+def test_a_class_that_the_data_lack_is_never_right(grey, tmp_path, script, monkeypatch, capsys):
+    """So nothing is said of the classes asked for, if the network knows more than the data have."""
+    for label_dim in (2, 3):
+        config = configs.load(grey, [f"network.label_dim={label_dim}", "training.num_training_steps=1"])
+        train(config, CPU, tmp_path / "output", overwrite=True)
+        path = tmp_path / "output/image/image_folder/tiny/diffusion-1.pt"
+        arguments = ("--num_samples", 4, "--num_images", 0, "--json", "x.json")
+        assert call_evaluate(monkeypatch, capsys, "--checkpoint", path, *arguments)[0] == 0
+        assert ("right_class" in json.loads((tmp_path / "x.json").read_text())["samples"]) == (label_dim == 2)
+
+
+def test_the_odes_noise_levels_are_the_samplers():
+    config = configs.Config()
+    denoiser = Denoiser(torch.nn.Identity(), EDMPreconditioning())
+    levels = ode_levels(denoiser, config, 10)
+    torch.testing.assert_close(levels, torch.logspace(math.log10(0.002), math.log10(80), 11, dtype=torch.float64))
+    config = configs.from_dict({"sampler": {"sigma_min": 0.1, "sigma_max": 500}}, "edm", "here")
+    assert ode_levels(denoiser, config, 10)[[0, -1]].tolist() == pytest.approx([0.1, 500])
+    known = Denoiser(torch.nn.Identity(), iDDPMPreconditioning(M=20))
+    assert set(ode_levels(known, configs.Config(), 100).tolist()) <= set(iddpm_levels(M=20).tolist())
 
 
 def test_a_sweep_is_drawn(grey, tmp_path, script, monkeypatch, capsys):

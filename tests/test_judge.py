@@ -111,6 +111,7 @@ def test_an_image_folder_is_divided(tmp_path, image_folder, monkeypatch):
     judge = Judge(configs.load(write_config(tmp_path, image_folder, channels=3)), CPU, tmp_path / "j")
     assert (len(judge.real), len(judge.others)) == (6, 7)
     assert len(torch.cat([judge.real, judge.others]).unique(dim=0)) == 13
+    assert judge.labels.unique().tolist() == [0, 1]  # files lie in the order of their classes, and the halves do not
     next(iter((image_folder / "dark").iterdir())).unlink()
     Judge(configs.load(tmp_path / "tiny.yaml"), CPU, tmp_path / "j")
     assert len(list((tmp_path / "j/classifier").iterdir())) == 2
