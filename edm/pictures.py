@@ -148,12 +148,16 @@ def running_means(records: torch.Tensor, window: int) -> torch.Tensor:
 def save_sweep(path: Path, curves: dict[str, list[tuple]], churn: list[tuple], floor: float, ylabel: str) -> None:
     """Draw a distance against the number of network evaluations, a curve a sampler, and against S_churn, above a floor."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
     for name, points in filter(lambda curve: curve[1], curves.items()):
         left.plot(*zip(*points), marker="o", label=name)
     left.set(xlabel="network evaluations an image", ylabel=ylabel, xscale="log", yscale="log")
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.xaxis.set_major_formatter("{x:g}")
+    left.xaxis.set_minor_formatter("")
     right.plot(*zip(*churn), marker="o", color="tab:purple", label="heun with churn")
     right.set(xlabel="S_churn")
     for axes in (left, right):
