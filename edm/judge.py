@@ -79,14 +79,15 @@ class Judge:
         train, test = real_images(config, device)
         if min(len(train[0]), len(test[0])) < MIN_IMAGES:
             raise UserError(f"{config.data.dataset} has too few images to compare samples with, fewer than {2 * MIN_IMAGES}")
+        inception = Inception().to(device) if features == "inception" else None
         self.num_classes = int(torch.cat([train[1], test[1]]).max()) + 1
         self.classifier = self.load_classifier(config, train, test, output_dir) if self.num_classes > 1 else None
-        if features == "classifier" and not self.classifier:
+        self.net = inception or self.classifier
+        if self.net is None:
             raise UserError(
                 f"{config.data.dataset} has one class, of which no classifier has features; ask for --features inception, or "
                 "leave the distance out with --num_samples 0"
             )
-        self.net = Inception().to(device) if features == "inception" else self.classifier
         (self.real, self.labels), (self.others, self.other_labels) = (
             shuffled(*images) for images in ((test, train) if against == "test" else (train, test))
         )
