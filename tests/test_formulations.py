@@ -44,7 +44,7 @@ def test_every_column_learns_and_samples_what_it_was_told(name, tiny):
     which is why the paper replaced them; a short training is judged below a noise level of 5."""
     options = ["training.learning_rate=5e-3", "training.batch_size=16", "network.dropout=0", "loss.label_dropout=0"]
     config = configs.load(tiny, [*column(name), *options, "network.model_channels=16", "sampler.sigma_max=5"])
-    learner, losses = trained(config, 250)
+    learner, losses = trained(config, 160)
     assert sum(losses[-40:]) < 0.5 * sum(losses[:40])
 
     dataset = open_dataset("image_folder", config.data.root, 8, 1, 2)

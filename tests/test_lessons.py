@@ -34,9 +34,9 @@ def colour(tmp_path, image_folder):
 
 
 @pytest.mark.parametrize("lesson", [DDPM, IDDPM, VLB], ids=["ddpm", "hybrid", "vlb"])
-def test_the_losses_fall(tiny, lesson):
+def test_the_losses_fall(colour, lesson):
     fast = ["training.learning_rate=1e-2", "training.batch_size=16", "network.dropout=0", "training.max_grad_norm=1"]
-    _, losses = trained(configs.load(tiny, [*lesson, *fast]), 150)
+    _, losses = trained(configs.load(colour, [*lesson, *fast]), 120)
     assert sum(losses[-40:]) < 0.7 * sum(losses[:40])
 
 

@@ -78,6 +78,7 @@ def test_the_road_from_training_to_samples(script, trained, tiny, tmp_path):
             assert (other.int() - singles[seed].int()).abs().max() <= 1
 
 
+@pytest.mark.parametrize("tiny", [1], indirect=True, ids=["grey"])
 def test_every_sampler_parameter_can_be_set_and_matters(script, trained, tmp_path):
     def grid(*arguments):
         code, _, err = script("sample.py", "--checkpoint", trained, "--seeds", "0-2", *arguments)

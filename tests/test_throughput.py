@@ -18,6 +18,7 @@ def test_flops_are_counted_as_in_the_literature(name):
     assert benchmark["forward_flops"](configs.load(ROOT / "configs" / f"{name}.yaml")) / 1e9 == pytest.approx(42.4, abs=0.05)
 
 
+@pytest.mark.parametrize("tiny", [3], indirect=True, ids=["colour"])
 def test_the_benchmark_reports_what_it_prints(tiny, script):
     options = ["--batch_sizes", "2,4", "--repeats", "1", "--json", "figures.json", "training.max_grad_norm=1"]
     code, out, _ = script(BENCHMARK, "--config_path", tiny, "--device", "cpu", *options)
