@@ -10,6 +10,7 @@ from edm import config as configs
 from edm.data import batches, open_dataset
 from edm.errors import UserError
 from edm.learner import Learner
+from edm.loss import NOISE_BANDS
 
 CPU = torch.device("cpu")
 
@@ -194,3 +195,17 @@ def test_every_config_makes_a_network_that_takes_a_step(path):
     config = configs.load(path, ["training.batch_size=2", *slim])
     images = torch.zeros(2, config.data.channels, *2 * [config.data.resolution], dtype=torch.uint8)
     assert Learner(config, CPU).step(images, torch.tensor([0, 1]), 1)[0].isfinite()
+
+
+def test_a_step_tells_the_losses_of_its_noise_levels_apart(tiny):
+    config = configs.load(tiny, ["network.dropout=0", "training.batch_size=32", "loss.P_std=2"])
+    learner = Learner(config, CPU)
+    shape = (32, config.data.channels, 8, 8)
+    images = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0)).byte()
+    drawn = learner.draw(images, torch.zeros(32, dtype=torch.int64), 1)
+    _, losses = learner.forward(learner.net, **drawn)
+    loss, *bands = learner.step(images, torch.zeros(32, dtype=torch.int64), 1).tolist()
+    assert loss == pytest.approx(losses.mean().item())
+    for low, high, band in zip((0, *NOISE_BANDS), (*NOISE_BANDS, math.inf), bands, strict=True):
+        within = [each for each, sigma in zip(losses.tolist(), drawn["sigma"].tolist()) if low < sigma <= high]
+        assert band == pytest.approx(sum(within) / len(within))
