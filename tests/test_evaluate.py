@@ -139,6 +139,7 @@ def test_a_sweep_is_drawn(grey, tmp_path, script, monkeypatch, capsys):
     assert found["samplers"].keys() == {"ancestral", "ddim", "euler", "heun", "heun, S_churn 4"}
     assert [S_churn for S_churn, _ in found["churn"]] == [0, 1, 2, 4, 7]
     assert found["churn"][0][1] == found["samplers"]["heun"][-1][1]
+    assert found["churn"][3][1] == found["samplers"]["heun, S_churn 4"][-1][1]
     assert len({distance for _, distance in found["churn"]}) > 2  # some churn is rounded to none, or to the next, by 30 levels
 
 
