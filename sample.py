@@ -1,21 +1,67 @@
-"""Sample images from a checkpoint: a grid, and on request single PNGs and a GIF of the reverse process."""
+"""Sample images from a checkpoint: a grid, and on request single images and an animation of the reverse process."""
 
-import dataclasses
+import argparse
 from pathlib import Path
 
-from edm.cli import Parser, run, seed_list, whole_number
-from edm.config import SamplerConfig
-from edm.device import explain_out_of_memory
-from edm.distributed import joined
-from edm.generate import export, write_samples
+import torch
 
-SAMPLER_FLAGS = [field.name for field in dataclasses.fields(SamplerConfig) if field.name != "num_samples"]
+from lab import pictures
+from lab.cli import Parser, UserError, run_script, seed_list, whole_number
+from lab.config import Sampler
+from lab.device import autocast_dtype, explain_out_of_memory
+from lab.distributed import distributed
+from lab.generate import export, generate, grid_columns, load_denoiser, with_arguments
+
+FLAGS = [name for name in Sampler.model_fields if name != "num_samples"]  # each replaces an entry of the config's sampler
+MAX_FRAMES = 64  # of the animation
+MAX_GRID = 2500  # images in the grid; further ones are written as single files alone
 
 
 def main() -> None:
+    args = parse_arguments()
+    if args.export:
+        export(args.checkpoint, args.export)
+        return
+    overrides = [f"sampler.{name}={getattr(args, name)}" for name in FLAGS if getattr(args, name) is not None]
+    advice = f"lower --batch_size (now {args.batch_size}), or choose fp16 or bf16 for --mixed_precision"
+    with distributed(args.device) as (device, world), explain_out_of_memory(advice):
+        config, denoiser, _ = load_denoiser(args.checkpoint, args.config_path, overrides, device, world)
+        label_dim, class_index = config.network.label_dim, args.class_index
+        if class_index is not None and class_index >= label_dim:
+            known = f"its classes are 0 to {label_dim - 1}" if label_dim else "the network is unconditional"
+            raise UserError(f"--class: {class_index} is not a class of {args.checkpoint}: {known}")
+        seeds = args.seeds or list(range(args.num_samples or config.sampler.num_samples))
+        folder = args.output_dir or Path("output/image") / config.data.dataset / "sample" / config.name
+        pictures.check_writable(folder / "grid.png")
+        if args.compile:
+            denoiser.model.compile(dynamic=False)
+
+        precision, num_frames = autocast_dtype(args.mixed_precision, device), MAX_FRAMES if args.gif else 1
+        kept, done = [], 0
+        for frames in generate(
+            denoiser, seeds, config, device, args.batch_size, precision, class_index, num_frames, world=world
+        ):  # (frames, B, C, H, W), on rank 0
+            for seed, image in zip(seeds[done:], frames[-1]) if args.save_images else ():
+                pictures.save_image(folder / "images" / f"{seed:06d}.png", image)
+            if done < MAX_GRID:
+                kept.append(frames)
+            done += frames.shape[1]
+
+        if world.is_first:
+            columns = grid_columns(seeds, label_dim, class_index)
+            grids = [pictures.grid(images[:MAX_GRID], columns) for images in torch.cat(kept, dim=1)]
+            pictures.save_image(folder / "grid.png", grids[-1])
+            print(f"{min(len(seeds), MAX_GRID)} images of {len(seeds)} in {folder / 'grid.png'}")
+            if args.save_images:
+                print(f"{len(seeds)} single images in {folder / 'images'}")
+            if args.gif:
+                pictures.save_gif(folder / "reverse.gif", grids)
+                print(f"the reverse process in {folder / 'reverse.gif'}")
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a diffusion-*.pt file")
-    parser.add_argument("--config_path", type=Path, help="the YAML config (default: the one that the checkpoint carries)")
+    with_arguments(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--num_samples", type=whole_number(1), help="how many images, from seeds 0, 1, 2, ... (default: the config's)"
@@ -26,62 +72,23 @@ def main() -> None:
         type=whole_number(0),
         dest="class_index",
         metavar="K",
-        help="the class of all images (default: all in turn)",
+        help="the class of all images (default: all classes in turn)",
     )
-    for name in SAMPLER_FLAGS:
-        parser.add_argument(f"--{name}", metavar="VALUE", help=f"replaces the config's sampler.{name}")
-    parser.add_argument(
-        "--batch_size",
-        type=lambda text: None if text == "auto" else whole_number(1)(text),
-        default=64,
-        help="images at a time, or auto: as many as there is memory for, up to 512 (default: 64)",
-    )
+    for name in FLAGS:
+        parser.add_argument(f"--{name}", metavar="VALUE", help=f"short for sampler.{name}=VALUE")
+    parser.add_argument("--batch_size", type=whole_number(1), default=64, help="images at a time (default: 64)")
     parser.add_argument("--save_images", action="store_true", help="also write every image as images/<seed>.png")
     parser.add_argument("--gif", action="store_true", help="also write the reverse process as reverse.gif")
-    parser.add_argument("--output_dir", type=Path, help="where to (default: output/image/<dataset>/sample/<config name>)")
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that there is)")
+    parser.add_argument("--output_dir", type=Path, help="where to (default: output/image/<data set>/sample/<config name>)")
     parser.add_argument(
-        "--mixed_precision",
-        choices=["no", "auto", "fp16", "bf16"],
-        default="no",
-        help="the network's precision (default: no)",
+        "--mixed_precision", choices=["no", "auto", "fp16", "bf16"], default="no", help="the network's precision (default: no)"
     )
+    parser.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
     parser.add_argument(
-        "--compile",
-        choices=["auto", "true", "false"],
-        default="auto",
-        help="compile the network; auto does on CUDA, where ten minutes of work are to come (default: auto)",
+        "--export", type=Path, metavar="FILE", help="write the averaged weights alone, in half precision, instead of sampling"
     )
-    parser.add_argument(
-        "--export",
-        type=Path,
-        metavar="FILE",
-        help="write the averaged weights alone, in half precision, instead of sampling",
-    )
-    args = parser.parse_args()
-
-    overrides = [f"sampler.{name}={getattr(args, name)}" for name in SAMPLER_FLAGS if getattr(args, name) is not None]
-    if args.export:
-        export(args.checkpoint, args.export)
-        return
-    advice = f"lower --batch_size (now {args.batch_size or 'auto'}), or choose fp16 or bf16 for --mixed_precision"
-    with joined(args.device) as (device, processes), explain_out_of_memory(advice):
-        write_samples(
-            args.checkpoint,
-            args.config_path,
-            overrides,
-            args.seeds or (list(range(args.num_samples)) if args.num_samples else None),
-            device,
-            batch_size=args.batch_size,
-            mixed_precision=args.mixed_precision,
-            class_index=args.class_index,
-            output_dir=args.output_dir,
-            save_images=args.save_images,
-            gif=args.gif,
-            compile=args.compile,
-            processes=processes,
-        )
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,15 +1,132 @@
-"""Train a diffusion model as a config says, MNIST by default."""
+"""Train a diffusion model as a config says: by default EDM on MNIST, with configs/edm.yaml."""
 
-import sys
+import argparse
+import contextlib
+from itertools import repeat
 from pathlib import Path
 
-from edm import config as configs
-from edm.cli import Parser, command_to_resume, run
-from edm.distributed import joined
-from edm.errors import Stopped
-from edm.training import train
+import torch
+from torch.nn.functional import one_hot
 
-FLAGS = {  # flags that stand for config entries
+from edm.augment import augment
+from edm.loss import NOISE_BANDS, by_noise_level, squared_error
+from lab.build import build_chain_loss, build_sampler, build_weighting
+from lab.cli import Parser, UserError, run_script
+from lab.config import Config, load, with_overrides
+from lab.data import batches, open_dataset, root_mean_square, to_model_range
+from lab.device import autocast, explain_out_of_memory
+from lab.distributed import World, distributed
+from lab.generate import save_grid
+from lab.learner import Learner
+from lab.run import Run
+from lab.seeds import generator_for, seed_for
+
+
+def main() -> None:
+    args = parse_arguments()
+    flags = [f"{entry}={getattr(args, flag)}" for flag, entry in FLAGS.items() if getattr(args, flag) is not None]
+    config = load(args.config_path, [*args.overrides, *flags])
+    advice = (
+        f"lower training.batch_size (now {config.training.batch_size}), raise training.accumulation (now "
+        f"{config.training.accumulation}) or choose fp16 or bf16 for training.mixed_precision (now {config.training.mixed_precision})"
+    )
+    with distributed(args.device) as (device, world), explain_out_of_memory(advice):
+        train(config, args, device, world)
+
+
+def train(config: Config, args: argparse.Namespace, device: torch.device, world: World) -> None:
+    """Train on the device, together with the other ranks of `world`; everything is written to the run's folder.
+
+    Raises:
+        UserError: something that a person can mend.
+        SystemExit: a signal asked the run to stop; a checkpoint of the last step is written.
+    """
+    training, batch_size, label_dim = config.training, config.training.batch_size, config.network.label_dim
+    if batch_size < world.size:
+        raise UserError(f"training.batch_size: {batch_size} images cannot be divided between {world.size} processes")
+    with Run(args.output_dir / "image" / config.data.dataset / config.name, config, world) as run:
+        dataset = world.rank_zero_first(lambda: open_dataset(config))
+        if config.preconditioning.sigma_data == "auto":
+            config = run.config = with_overrides(
+                config, [f"preconditioning.sigma_data={root_mean_square(dataset)}"], "the measured sigma_data"
+            )
+        build_sampler(config)  # an impossible one is refused now, not at the first sample grid
+        weighting, chain_loss = build_weighting(config), build_chain_loss(config)
+        learner = Learner(config, device)  # the denoiser D (Eq. 7), its average, Adam
+        noise_distribution, ema, scaler = learner.noise_distribution, learner.ema, learner.scaler
+        first_step = run.start(learner, args.resume_from, args.load_model_weights_from_checkpoint, args.overwrite)
+        net = world.wrap(learner.net)  # averages the gradients over the ranks
+        shard = world.shard(batch_size)  # the part of each batch that this rank computes
+        noise_bands = torch.tensor(NOISE_BANDS, device=device)
+        step = first_step
+        print(
+            f"{config.name}: {sum(p.numel() for p in learner.net.parameters()) / 1e6:.2f} M parameters, {len(dataset):,} images of "
+            f"{config.data.dataset}, on {f'{world.size} x ' * (world.size > 1)}{device} in "
+            f"{str(learner.precision).removeprefix('torch.')}, to {run.path}"
+        )
+
+        def draw_samples() -> None:
+            save_grid(run.grid(step), ema.net, config, device, learner.precision, world)
+
+        if run.lacks_grid(first_step):
+            draw_samples()
+        stream = contextlib.closing(batches(dataset, config, first_step, device, world))
+        with stream as stream:
+            for step in run.steps(first_step):
+                images, labels = next(stream)
+
+                # Draw: everything random depends on the seed and the step alone, and is drawn for the batch of all ranks.
+                generator = generator_for(training.seed, "step", step, device=device)
+                torch.manual_seed(seed_for(training.seed, "dropout", step) + shard.start)
+                y, augment_labels = to_model_range(images), None
+                if config.network.augment_dim:
+                    y, augment_labels = augment(y, config.data.augment_probability, generator, batch_size, shard)
+                y = y.contiguous(memory_format=torch.channels_last)
+                sigma = noise_distribution.sample(batch_size, generator)[shard]
+                n = torch.randn(batch_size, *y.shape[1:], generator=generator, device=device)[shard] * sigma[:, None, None, None]
+                labels = one_hot(labels, label_dim) if label_dim else None
+                if label_dim:  # hide some, so that the network also learns the unconditional denoiser
+                    shown = torch.rand(batch_size, generator=generator, device=device)[shard] >= config.loss.label_dropout
+                    labels = labels * shown[:, None]
+                importance = noise_distribution.importance(sigma)  # 1, unless noise levels are drawn by importance
+
+                # Compute: lambda(sigma) |D(y + n; sigma) - y|^2, averaged over the batch, and its gradient.
+                batch, seen = (y, n, sigma, weighting(sigma), importance, labels, augment_labels), []
+                parts = list(split(batch, training.accumulation))
+                for part in parts:
+                    y, n, sigma, weight, importance, labels, augment_labels = part
+                    with world.no_sync(net, last=part is parts[-1]), autocast(device, learner.precision):
+                        if chain_loss is None:
+                            D = net(y + n, sigma, labels, augment_labels)
+                            loss = weight * squared_error(D, y)  # Eq. 8
+                        else:  # Improved DDPM, which learns a variance too
+                            loss = chain_loss(net, y, n, sigma, weight, labels=labels, augment_labels=augment_labels)
+                        mean = (importance * loss).sum() / batch_size
+                        scaler.scale(mean * world.size).backward()
+                    seen.append(torch.stack([sigma, importance, loss.detach()]))
+
+                # Update: the weights by Adam, then their moving average, which all samples come from.
+                learner.optimizer_step(step * batch_size)
+                ema.update(step * batch_size, batch_size)
+
+                # Record the losses; write a checkpoint and a sample grid every so often, and a checkpoint when asked to stop.
+                sigma, importance, loss = world.all_gather(list(torch.cat(seen, dim=1)), batch_size)
+                noise_distribution.update(sigma, loss)
+                mean = (importance * loss).mean()
+                run.record(torch.cat([mean[None], by_noise_level(loss, sigma, importance, noise_bands)]))
+                if run.is_due(step) or run.stopping:
+                    run.save(step, learner)
+                if run.is_due(step) and not run.stopping:
+                    draw_samples()
+        run.finish(first_step, step)
+
+
+def split(batch: tuple[torch.Tensor | None, ...], number: int):
+    """Split the tensors of a batch into `number` parts, each a tuple; None stays None."""
+    return zip(*(repeat(None) if tensor is None else tensor.chunk(number) for tensor in batch))
+
+
+FLAGS = {  # flags that stand for entries of the config
     "num_training_steps": "training.num_training_steps",
     "batch_size": "training.batch_size",
     "save_and_sample_every_n": "training.save_and_sample_every_n",
@@ -19,42 +136,24 @@ FLAGS = {  # flags that stand for config entries
 }
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace any entry of the config")
     parser.add_argument("--config_path", default="configs/edm.yaml", help="the YAML config")
     for flag, entry in FLAGS.items():
         parser.add_argument(f"--{flag}", metavar="VALUE", help=f"short for {entry}=VALUE")
-    parser.add_argument(
-        "--resume_from", metavar="CHECKPOINT", help="go on from a checkpoint, or from the 'latest' of the run's folder"
-    )
+    parser.add_argument("--resume_from", metavar="CHECKPOINT", help="go on from a checkpoint, or from the run's 'latest'")
     parser.add_argument(
         "--load_model_weights_from_checkpoint", metavar="CHECKPOINT", help="start a new run with its averaged weights"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoints of an earlier run in the same folder")
-    parser.add_argument("--device", help="cuda, mps or cpu; by default the first of them that there is")
+    parser.add_argument("--overwrite", action="store_true", help="move an earlier run in the same folder aside, and start anew")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that this machine has)")
     parser.add_argument("--output_dir", type=Path, default=Path("output"), help="where everything is written")
     args = parser.parse_intermixed_args()
     if args.resume_from and args.load_model_weights_from_checkpoint:
         parser.error("--resume_from goes on with its own weights; leave out --load_model_weights_from_checkpoint")
-
-    flags = [f"{entry}={getattr(args, flag)}" for flag, entry in FLAGS.items() if getattr(args, flag) is not None]
-    config = configs.load(args.config_path, [*args.overrides, *flags])
-    with joined(args.device) as (device, processes):
-        try:
-            train(
-                config,
-                device,
-                args.output_dir,
-                resume_from=args.resume_from,
-                weights_from=args.load_model_weights_from_checkpoint,
-                overwrite=args.overwrite,
-                processes=processes,
-            )
-        except Stopped as stop:
-            print(f"Stopped after step {stop.step}. To go on:\n  {command_to_resume(sys.argv)}", flush=True)
-            raise SystemExit(128 + stop.signum) from None
+    return args
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,7 +1,8 @@
-"""Data augmentation that does not leak into the samples (the paper's Appendix F.2, Table 6).
+"""Non-leaky augmentation of the training images (the paper's Appendix F.2, Table 6).
 
-Every image is transformed at random, and the network is told how: nine numbers, all of them 0 for an image left as it is,
-which is what sampling asks for.
+Every image is transformed at random, and nine numbers tell the network how. They are all 0 for an untransformed image, so
+sampling with zeros gives untransformed images. The transformations, their order and the labels are those of Table 6. The
+anti-aliasing filter (`antialias`) is ours: the authors use another one.
 """
 
 import math
@@ -13,59 +14,54 @@ from torch.nn.functional import grid_sample, pad
 NUM_LABELS = 9
 
 
-def rotation(angle: torch.Tensor) -> torch.Tensor:
-    """(B,) -> (B, 2, 2); x points right and y down, so a positive angle turns clockwise."""
+def rotation_matrix(angle: torch.Tensor) -> torch.Tensor:
+    """Return the matrices (B, 2, 2) of rotations by angles (B,), in radians, clockwise: x points right and y points down."""
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([torch.stack([cos, -sin], dim=-1), torch.stack([sin, cos], dim=-1)], dim=-2)
 
 
 @dataclass(frozen=True)
 class Transformation:
-    """What happens to each of B images, in this order (Table 6). Every field is (B,) but for `shift`."""
+    """Holds the transformations of B images, applied in the order of the fields. Each field is (B,), except `shift`."""
 
     x_flip: torch.Tensor  # 0 or 1
     y_flip: torch.Tensor  # 0 or 1
     zoom: torch.Tensor  # w: the image is enlarged by 2^(0.2 w)
-    angle: torch.Tensor  # radians, clockwise
-    stretch: torch.Tensor  # w: enlarged by 2^(0.2 w) along an axis, by the inverse across it
+    angle: torch.Tensor  # of the rotation, in radians, clockwise
+    stretch: torch.Tensor  # w: enlarged by 2^(0.2 w) along an axis, and shrunk by as much across it
     axis: torch.Tensor  # angle of that axis
     shift: torch.Tensor  # (B, 2), right and down, in eighths of the image's size
 
     @classmethod
     def draw(cls, batch_size: int, probability: float, generator: torch.Generator) -> "Transformation":
-        """Half of all images are flipped in x; each of the other transformations is tossed for with `probability`."""
+        """Draw transformations for a batch: each part with `probability`, but the flip in x with 1/2 (Table 6)."""
+        options = {"generator": generator, "device": generator.device}
 
-        def rand() -> torch.Tensor:
-            return torch.rand(batch_size, generator=generator, device=generator.device)
+        def bernoulli(p: float) -> torch.Tensor:
+            return (torch.rand(batch_size, **options) < p).float()
 
-        def randn(*shape: int) -> torch.Tensor:
-            return torch.randn(batch_size, *shape, generator=generator, device=generator.device)
-
-        def tossed() -> torch.Tensor:
-            return (rand() < probability).float()
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(batch_size, *shape, **options)
 
         def any_angle() -> torch.Tensor:
-            return math.pi * (2 * rand() - 1)
-
-        def coin() -> torch.Tensor:
-            return (rand() < 0.5).float()
+            return math.pi * (2 * torch.rand(batch_size, **options) - 1)
 
         return cls(
-            x_flip=coin(),
-            y_flip=coin() * tossed(),
-            zoom=randn() * tossed(),
-            angle=any_angle() * tossed(),
-            stretch=randn() * tossed(),
-            axis=any_angle() * coin(),
-            shift=randn(2) * tossed()[:, None],
+            x_flip=bernoulli(0.5),
+            y_flip=bernoulli(0.5) * bernoulli(probability),
+            zoom=normal() * bernoulli(probability),
+            angle=any_angle() * bernoulli(probability),
+            stretch=normal() * bernoulli(probability),
+            axis=any_angle() * bernoulli(0.5),
+            shift=normal(2) * bernoulli(probability)[:, None],
         )
 
-    def __getitem__(self, which: slice) -> "Transformation":
-        """Those of some of the images."""
-        return Transformation(*(getattr(self, field.name)[which] for field in fields(self)))
+    def select(self, images: slice) -> "Transformation":
+        """Return the transformations of the given images alone."""
+        return Transformation(*(getattr(self, field.name)[images] for field in fields(self)))
 
     def labels(self) -> torch.Tensor:
-        """What the network is told: (B, 9)."""
+        """Return the augmentation labels (B, 9), which tell the network what was done."""
         columns = [
             self.x_flip,
             self.y_flip,
@@ -74,13 +70,14 @@ class Transformation:
             self.angle.sin(),
             self.stretch * self.axis.cos(),
             self.stretch * self.axis.sin(),
+            *self.shift.unbind(dim=1),
         ]
-        return torch.cat([torch.stack(columns, dim=1), self.shift], dim=1)
+        return torch.stack(columns, dim=1)
 
     def apply(self, images: torch.Tensor) -> torch.Tensor:
-        """Transform images (B, C, H, W) in [-1, 1], 2 or more pixels a side, differentiably.
+        """Transform images (B, C, H, W) in [-1, 1], at least 2 pixels high and wide, differentiably.
 
-        The geometry beyond flips is one resampling. Borders are reflected. Flips, and images left as they are, are exact.
+        Borders are reflected. Flips are exact, and images to which nothing else happens are not resampled.
         """
         images = torch.where(self.x_flip[:, None, None, None] > 0, images.flip(3), images)
         images = torch.where(self.y_flip[:, None, None, None] > 0, images.flip(2), images)
@@ -88,50 +85,53 @@ class Transformation:
         moved = (self.zoom != 0) | (self.angle != 0) | (self.stretch != 0) | (self.shift != 0).any(dim=1)
         return torch.where(moved[:, None, None, None], resampled, images)
 
-    def backward_map(self) -> torch.Tensor:
-        """(B, 2, 2): where a pixel of the output, relative to the centre and unshifted, comes from in the input."""
-        stretched = torch.stack([2 ** (-0.2 * self.stretch), 2 ** (0.2 * self.stretch)], dim=-1)
-        unstretch = rotation(self.axis) * stretched[:, None, :] @ rotation(-self.axis)
-        return 2 ** (-0.2 * self.zoom)[:, None, None] * rotation(-self.angle) @ unstretch
+    def inverse_matrix(self) -> torch.Tensor:
+        """Return the inverse of zoom, rotation and stretch together: (B, 2, 2), from output to input positions.
+
+        Positions (x, y) are relative to the image's centre. The shift is not included.
+        """
+        stretch = torch.stack([2 ** (-0.2 * self.stretch), 2 ** (0.2 * self.stretch)], dim=-1)
+        inverse_stretch = rotation_matrix(self.axis) * stretch[:, None, :] @ rotation_matrix(-self.axis)
+        return 2 ** (-0.2 * self.zoom)[:, None, None] * rotation_matrix(-self.angle) @ inverse_stretch
 
     def resample(self, images: torch.Tensor) -> torch.Tensor:
-        """Zoom, rotation, stretch and shift at once, by cubic interpolation of anti-aliased images."""
+        """Zoom, rotate, stretch and shift images (B, C, H, W) in one cubic interpolation of the anti-aliased images."""
         height, width = images.shape[2:]
-        x = torch.arange(width, dtype=images.dtype, device=images.device) - (width - 1) / 2
-        y = torch.arange(height, dtype=images.dtype, device=images.device) - (height - 1) / 2
-        shift_x, shift_y = self.shift.to(images.dtype)[..., None].unbind(dim=1)
-        shift_x, shift_y = shift_x * width / 8, shift_y * height / 8
-        # Relative to the centre: where the output's pixels were before the shift, (B, H, W, 2), and in the input.
-        x, y = torch.broadcast_tensors((x - shift_x)[:, None, :], (y - shift_y)[:, :, None])
-        back = self.backward_map().to(images.dtype)
-        x, y = (torch.stack([x, y], dim=-1) @ back.mT[:, None]).unbind(dim=-1)
-        grid = torch.stack([x * 2 / (width - 1), y * 2 / (height - 1)], dim=-1)  # the outermost pixels' centres are at -1 and 1
-        smooth = antialiased(images, back)
+        shift = self.shift.to(images.dtype)
+        # Positions of the output's pixels relative to the centre: first with the shift undone, then in the input.
+        x = torch.arange(width, dtype=images.dtype, device=images.device) - (width - 1) / 2 - shift[:, :1] * width / 8
+        y = torch.arange(height, dtype=images.dtype, device=images.device) - (height - 1) / 2 - shift[:, 1:] * height / 8
+        x, y = torch.broadcast_tensors(x[:, None, :], y[:, :, None])
+        inverse = self.inverse_matrix().to(images.dtype)
+        x, y = (torch.stack([x, y], dim=-1) @ inverse.mT[:, None]).unbind(dim=-1)
+        grid = torch.stack([x * 2 / (width - 1), y * 2 / (height - 1)], dim=-1)  # centres of the outermost pixels are -1 and 1
+        smooth = antialias(images, inverse)
         return grid_sample(smooth, grid, mode="bicubic", padding_mode="reflection", align_corners=True)
 
 
-def antialiased(images: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
-    """Smooth each image (B, C, H, W) along the directions in which its backward map (B, 2, 2) shrinks it, and no other.
+def antialias(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """Blur images (B, C, H, W) with a Gaussian in the directions in which a transformation shrinks them, and in no other.
 
-    A pixel of the output covers, in the input, an ellipse with semi-axes in proportion to the map's singular values. The
-    Gaussian's variance is a quarter of what their squares exceed 1 by: 0, and so no smoothing, where the image is enlarged.
+    A pixel of the output covers an ellipse of the input, with semi-axes proportional to the singular values of the inverse
+    matrix (B, 2, 2). Along each of these axes the Gaussian has the variance max(singular value^2 - 1, 0) / 4, in pixels^2:
+    0, so no blur, where the image is not shrunk. This filter is ours; the authors use another one.
     """
-    gram = back @ back.mT  # its eigenvalues, a >= b, in closed form, are the squares
-    identity = torch.eye(2, dtype=back.dtype, device=back.device)
+    gram = inverse @ inverse.mT  # its eigenvalues a >= b, here in closed form, are the squared singular values
+    identity = torch.eye(2, dtype=inverse.dtype, device=inverse.device)
     mean = gram.diagonal(dim1=1, dim2=2).mean(dim=1)
     gap = (((gram[:, 0, 0] - gram[:, 1, 1]) / 2) ** 2 + gram[:, 0, 1] ** 2).sqrt()
     a, b = (mean + gap)[:, None, None], (mean - gap)[:, None, None]
-    along = (gram - b * identity) / (a - b).clamp(min=1e-12)  # projects on a's direction, where there is one
+    projection_a = (gram - b * identity) / (a - b).clamp(min=1e-12)  # on the eigenvector of a; 0 for a = b
     variance_a, variance_b = (a - 1).clamp(min=0) / 4, (b - 1).clamp(min=0) / 4
-    variance = variance_b * identity + (variance_a - variance_b) * along
+    covariance = variance_b * identity + (variance_a - variance_b) * projection_a
 
     height, width = images.shape[2:]
     margin = min(8, height - 1, width - 1)
     padded = pad(images, (margin,) * 4, mode="reflect")
     y = 2 * math.pi * torch.fft.fftfreq(padded.shape[2], device=images.device, dtype=images.dtype)
     x = 2 * math.pi * torch.fft.rfftfreq(padded.shape[3], device=images.device, dtype=images.dtype)
-    frequency = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # (H', W' / 2 + 1, 2), radians a pixel
-    response = torch.exp(-(frequency @ variance[:, None] * frequency).sum(dim=-1) / 2)
+    frequency = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # (H', W' / 2 + 1, 2), in radians per pixel
+    response = torch.exp(-(frequency @ covariance[:, None] * frequency).sum(dim=-1) / 2)
     smooth = torch.fft.irfft2(torch.fft.rfft2(padded) * response[:, None], s=padded.shape[2:])
     return smooth[..., margin : margin + height, margin : margin + width]
 
@@ -141,16 +141,17 @@ def augment(
     probability: float,
     generator: torch.Generator,
     batch_size: int | None = None,
-    mine: slice = slice(None),
+    shard: slice = slice(None),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (B, C, H, W) in [-1, 1], transformed at random, and the labels (B, 9) that say how.
+    """Transform images (B, C, H, W) in [-1, 1] at random, and return them and their augmentation labels (B, 9).
 
     Args:
-        probability: of each transformation but the flip in x; at 0 nothing happens, not even that.
+        probability: of each part of a transformation except the flip in x. At 0 there is no flip in x either, and no draw.
         generator: on the images' device.
-        batch_size, mine: where the images are part of a batch, its size and their place in it; the draws are the batch's.
+        batch_size, shard: if the images are only a part of a batch, the batch's size and their place in it. An image is
+            then transformed as it would be with the whole batch.
     """
     if probability == 0:
         return images, images.new_zeros(len(images), NUM_LABELS)
-    transformation = Transformation.draw(batch_size or len(images), probability, generator)[mine]
+    transformation = Transformation.draw(batch_size or len(images), probability, generator).select(shard)
     return transformation.apply(images), transformation.labels()

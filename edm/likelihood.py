@@ -1,5 +1,8 @@
-"""How likely images are under the deterministic sampler: its ODE (the paper's Eq. 1) as a continuous normalising flow, as in
-Song et al., 2021 (arXiv 2011.13456, Section 4.3), with Hutchinson's estimate of the divergence."""
+"""The log-likelihood of images under the probability flow ODE (the paper's Eq. 1).
+
+The ODE is a continuous normalizing flow (Song et al., 2021, arXiv 2011.13456, Section 4.3). Its divergence is estimated with
+random signs (Hutchinson's estimate).
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -7,27 +10,31 @@ from itertools import pairwise
 
 import torch
 
+from edm.precond import Denoiser, score
+
 
 def dequantize(images: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """A point of each pixel's interval of grey levels: what makes the density of 8-bit images a likelihood.
+    """Move each pixel to a random point of its grey level's interval, so that 8-bit images have a density.
 
     Args:
         images: (B, C, H, W) uint8.
         uniform: (B, C, H, W), draws from [0, 1).
 
     Returns:
-        (B, C, H, W) in the draws' precision, in [-1, 1] but for half a level at the ends.
+        (B, C, H, W) in the dtype of `uniform`, from -1 - 1/255 to 1 + 1/255.
     """
     return (images - 0.5 + uniform) / 127.5 - 1
 
 
 def bits_per_dimension(log_density: torch.Tensor, num_dimensions: int) -> torch.Tensor:
-    """A log-density of dequantized images, in nats, as bits for each of their pixels and channels, of 2/255 each in width."""
+    """Convert the log-density of dequantized images, in nats, to bits per pixel and channel (a grey level is 2/255 wide)."""
     return -log_density / (num_dimensions * math.log(2)) + math.log2(127.5)
 
 
-def trace_estimate(denoiser, x: torch.Tensor, sigma: float, labels: torch.Tensor | None, v: torch.Tensor):
-    """D(x; sigma), and v^T (dD/dx) v of each image, (B,), whose mean over random signs v is the trace of dD/dx."""
+def denoise_with_trace(
+    denoiser: Denoiser, x: torch.Tensor, sigma: float, labels: torch.Tensor | None, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return D(x; sigma) and v^T (dD/dx) v, (B,), which estimates the trace of dD/dx if v (B, C, H, W) are random signs."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         D = denoiser(x, sigma, labels)
@@ -36,38 +43,37 @@ def trace_estimate(denoiser, x: torch.Tensor, sigma: float, labels: torch.Tensor
 
 
 def log_density(
-    denoiser,
+    denoiser: Denoiser,
     x: torch.Tensor,
     sigma_steps: torch.Tensor,
     noise: Callable[[], torch.Tensor],
     labels: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:
-    """log p(x; sigma_min), in nats, by the way of every image up to sigma_max, where p is N(0, sigma_max^2 I).
+    """Estimate log p(x; sigma_min), in nats, by following the ODE from sigma_min up to sigma_max, where p is almost Gaussian.
 
-    Along the solutions of dx/dsigma = (x - D(x; sigma)) / sigma the density of d pixels changes by
-    d log p / d ln(sigma) = tr(dD/dx) - d. Heun's method follows x, the trapezoidal rule in ln(sigma) sums up the density.
+    Along the solutions of dx/dsigma = -sigma score(x; sigma) (Eq. 1), d log p / d ln(sigma) = tr(dD/dx) - d for d pixels.
+    Heun's method integrates x, the trapezoidal rule in ln(sigma) integrates log p.
 
     Args:
-        denoiser: D(x, sigma, labels) -> (B, C, H, W), differentiable.
-        x: (B, C, H, W); their precision is the ODE's.
+        denoiser: differentiable.
+        x: (B, C, H, W); the ODE is solved in its dtype.
         sigma_steps: (N + 1,), rising noise levels, above 0.
-        noise: called before every evaluation for unit normal noise of x's shape, whose signs are Hutchinson's v.
+        noise: returns new unit normal noise of x's shape, for the signs in Hutchinson's estimate; called once per evaluation.
         labels: one-hot (B, K) or None.
 
     Yields:
-        After each of the N steps, of two evaluations with their gradients, log p(x; sigma_min), (B,), if p were
-        N(0, sigma^2 I) at the noise level reached; the last one is the answer.
+        log p(x; sigma_min), (B,), after each of the N steps, as if p were N(0, sigma^2 I) at the noise level reached.
+        The last one is the answer. A step costs two evaluations with their gradients.
     """
-    num_dimensions = x[0].numel()
-    gained = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+    d = x[0].numel()
+    change = torch.zeros(len(x), dtype=x.dtype, device=x.device)  # of log p, from sigma_min to sigma
     for sigma, sigma_next in pairwise(sigma_steps.tolist()):
-        D, trace = trace_estimate(denoiser, x, sigma, labels, noise().sign())
-        slope = (x - D) / sigma
-        h = sigma_next - sigma
-        D, trace_next = trace_estimate(denoiser, x + h * slope, sigma_next, labels, noise().sign())
-        x = x + h * (slope + (x + h * slope - D) / sigma_next) / 2
-        gained = gained + math.log(sigma_next / sigma) * (num_dimensions - (trace + trace_next) / 2)
-        prior = -(x / sigma_next).square().flatten(1).sum(dim=1) / 2 - num_dimensions * math.log(
-            sigma_next * math.sqrt(2 * math.pi)
-        )
-        yield prior + gained
+        D, trace = denoise_with_trace(denoiser, x, sigma, labels, noise().sign())
+        slope = -sigma * score(x, sigma, D)
+        x_euler = x + (sigma_next - sigma) * slope
+        D, trace_next = denoise_with_trace(denoiser, x_euler, sigma_next, labels, noise().sign())
+        slope_next = -sigma_next * score(x_euler, sigma_next, D)
+        x = x + (sigma_next - sigma) * (slope + slope_next) / 2
+        change = change + math.log(sigma_next / sigma) * ((trace + trace_next) / 2 - d)
+        log_normal = -(x / sigma_next).square().flatten(1).sum(dim=1) / 2 - d * math.log(sigma_next * math.sqrt(2 * math.pi))
+        yield log_normal - change

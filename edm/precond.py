@@ -1,22 +1,55 @@
-"""Preconditioning: how a raw network F becomes a denoiser D (the paper's Section 5, Eq. 7; Table 1).
+"""What a denoiser is, and how a raw network F becomes one (the paper's Sections 2 and 5, Eq. 3 and 7, Table 1).
 
 D(x; sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x; c_noise(sigma))
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from edm.schedule import VP, iddpm_levels
+from edm.schedule import VP, NoiseLevels, iddpm_levels
+
+
+class Denoiser(Protocol):
+    """Any callable that estimates clean images from noisy ones: a trained network, a closed form, a guided pair.
+
+    Samplers, losses, guidance and likelihood know this contract alone, so each of them works with every denoiser.
+    """
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor | float, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Return D(x; sigma), the estimate of the clean images.
+
+        Args:
+            x: (B, C, H, W), clean images in [-1, 1] plus noise of standard deviation sigma.
+            sigma: the noise level, above 0: a number, a scalar tensor or (B,).
+            labels: one-hot classes (B, K), or None for no class.
+
+        Returns:
+            (B, C, H, W).
+        """
+        ...
+
+
+def score(x: torch.Tensor, sigma: float, denoised: torch.Tensor) -> torch.Tensor:
+    """Return the score, the gradient of log p(x; sigma) with respect to x: (D(x; sigma) - x) / sigma^2 (Eq. 3).
+
+    Args:
+        x: (B, C, H, W), noisy images.
+        sigma: their noise level.
+        denoised: (B, C, H, W), D(x; sigma).
+    """
+    return (denoised - x) / sigma**2
 
 
 class Preconditioning:
-    """A formulation: c_skip, c_out, c_in and c_noise, each of which maps sigma, a tensor of any shape, to one of that shape.
+    """The base of the columns of Table 1: c_skip, c_out, c_in and c_noise map sigma, a tensor of any shape, to one alike.
 
-    A sampler keeps to the noise levels that the network knows: those from `sigma_min` to `sigma_max` that `round_sigma`
-    leaves as they are. `outputs` is how many channels the network puts out for each of the image's; D uses the first.
+    Attributes:
+        sigma_min, sigma_max: the lowest and the highest noise level that the network is trained for.
+        outputs: how many channels the network has for each channel of the image. D uses the first.
     """
 
     sigma_min = 0.0
@@ -24,16 +57,22 @@ class Preconditioning:
     outputs = 1
 
     def round_sigma(self, sigma: torch.Tensor) -> torch.Tensor:
-        """The nearest noise level that the network knows."""
+        """Return the nearest noise level that the network knows; here it knows all."""
         return sigma
 
 
 @dataclass(frozen=True)
 class EDMPreconditioning(Preconditioning):
-    """The EDM column, derived in Appendix B.6: the network's input and its training target have unit variance at every
-    noise level, and c_skip makes c_out, by which the network's errors are amplified, as small as possible."""
+    """The EDM column, derived in Appendix B.6.
 
-    sigma_data: float = 0.5  # standard deviation of the data
+    The network's input and its training target have mean square 1 at every noise level, and c_skip makes c_out, which
+    amplifies the network's errors, as small as possible. Both hold for data whose mean square is sigma_data^2.
+
+    Args:
+        sigma_data: standard deviation of the data; of data whose mean is not 0, the root mean square.
+    """
+
+    sigma_data: float = 0.5
 
     def c_skip(self, sigma: torch.Tensor) -> torch.Tensor:
         return self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
@@ -50,7 +89,7 @@ class EDMPreconditioning(Preconditioning):
 
 @dataclass(frozen=True)
 class VEPreconditioning(Preconditioning):
-    """The VE column: the network sees the noisy image as it is and predicts the noise, negated, at unit variance."""
+    """The VE column: the network sees the noisy image as it is, and predicts the negated noise at unit variance."""
 
     sigma_min: float = 0.02
     sigma_max: float = 100.0
@@ -68,10 +107,22 @@ class VEPreconditioning(Preconditioning):
         return (sigma / 2).log()
 
 
+class NoisePrediction(Preconditioning):
+    """What VP and iDDPM share: for data of variance 1 the network sees unit variance, and it predicts the noise."""
+
+    def c_skip(self, sigma: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(sigma)
+
+    def c_out(self, sigma: torch.Tensor) -> torch.Tensor:
+        return -sigma
+
+    def c_in(self, sigma: torch.Tensor) -> torch.Tensor:
+        return 1 / (sigma**2 + 1).sqrt()
+
+
 @dataclass(frozen=True)
-class VPPreconditioning(Preconditioning):
-    """The VP column: the network sees the noisy image at unit variance and predicts the noise; its noise conditioning is
-    the time t of the VP schedule, from 0 to M - 1."""
+class VPPreconditioning(NoisePrediction):
+    """The VP column: the network is told the time t of the VP schedule, times M - 1."""
 
     beta_d: float = 19.9
     beta_min: float = 0.1
@@ -90,66 +141,43 @@ class VPPreconditioning(Preconditioning):
     def sigma_max(self) -> float:
         return self.schedule.sigma(torch.tensor(1.0, dtype=torch.float64)).item()
 
-    def c_skip(self, sigma: torch.Tensor) -> torch.Tensor:
-        return torch.ones_like(sigma)
-
-    def c_out(self, sigma: torch.Tensor) -> torch.Tensor:
-        return -sigma
-
-    def c_in(self, sigma: torch.Tensor) -> torch.Tensor:
-        return 1 / (sigma**2 + 1).sqrt()
-
     def c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
         return (self.M - 1) * self.schedule.inverse(sigma)
 
 
 @dataclass(frozen=True)
-class iDDPMPreconditioning(Preconditioning):
-    """The iDDPM column: as VP, but the network knows M noise levels u_j alone, by their index M - 1 - j, and also puts
-    out a variance, of which D has no use."""
+class iDDPMPreconditioning(NoisePrediction):
+    """The iDDPM column: the network knows M noise levels alone, and is told the index of the nearest one.
 
-    M: int = 1000
-    C_1: float = 0.001
-    C_2: float = 0.008
+    Args:
+        levels: the noise levels, rising; Table 1's u_j by default. Those of DDPM's chains fit as well (`ddpm.py`).
+        outputs: 2 if the network also puts out a variance, of which D makes no use, else 1.
+    """
 
-    outputs = 2
-    c_skip, c_out, c_in = VPPreconditioning.c_skip, VPPreconditioning.c_out, VPPreconditioning.c_in
+    levels: NoiseLevels = field(default_factory=lambda: NoiseLevels(iddpm_levels()[:-1].flip(0)))
+    outputs: int = 2
 
     @property
     def sigma_min(self) -> float:
-        return iddpm_levels(self.M, self.C_1, self.C_2)[self.M - 1].item()
+        return self.levels.sigma[0].item()
 
     @property
     def sigma_max(self) -> float:
-        return iddpm_levels(self.M, self.C_1, self.C_2)[0].item()
-
-    def nearest(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The index j of the nearest u_j, and u_j."""
-        u = iddpm_levels(self.M, self.C_1, self.C_2, sigma.dtype, sigma.device)
-        j = (sigma[..., None] - u).abs().argmin(dim=-1)
-        return j, u[j]
+        return self.levels.sigma[-1].item()
 
     def c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
-        return (self.M - 1 - self.nearest(sigma)[0]).to(sigma.dtype)
+        return self.levels.nearest(sigma).to(sigma.dtype)  # M - 1 - j of the nearest u_j
 
     def round_sigma(self, sigma: torch.Tensor) -> torch.Tensor:
-        return self.nearest(sigma)[1]
+        return self.levels.like(sigma)[self.levels.nearest(sigma)]
 
 
-PRECONDITIONINGS = {
-    "edm": EDMPreconditioning,
-    "vp": VPPreconditioning,
-    "ve": VEPreconditioning,
-    "iddpm": iDDPMPreconditioning,
-}
-
-
-class Denoiser(nn.Module):
-    """D(x; sigma), the estimate of the clean image (Eq. 7).
+class PreconditionedDenoiser(nn.Module):
+    """A network as a denoiser (Eq. 7).
 
     Args:
-        model: the raw network F(x, c_noise, labels, augment_labels), of `preconditioning.outputs` times the image's channels.
-        preconditioning: the formulation's c_skip, c_out, c_in and c_noise.
+        model: the raw network F(x, c_noise, labels, augment_labels), with `preconditioning.outputs` times the image's channels.
+        preconditioning: gives c_skip, c_out, c_in and c_noise.
     """
 
     def __init__(self, model: nn.Module, preconditioning: Preconditioning):
@@ -165,31 +193,27 @@ class Denoiser(nn.Module):
         augment_labels: torch.Tensor | None = None,
         all_outputs: bool = False,
     ) -> torch.Tensor:
-        """Denoise, in the precision of the network's parameters (autocast reaches F alone).
+        """Return D(x; sigma), in the precision of the network's parameters. Autocast affects F alone.
 
         Args:
-            x: (B, C, H, W), clean images in [-1, 1] plus noise of standard deviation sigma.
-            sigma: the noise level, above 0: a scalar or (B,).
-            labels: one-hot (B, K), or None for the zero vector (unconditional).
-            augment_labels: (B, A), or None for zeros. Only the training loss passes them.
-            all_outputs: put what else the network puts out (`outputs`) after D, along the channels.
+            x, sigma, labels: as `Denoiser` says.
+            augment_labels: (B, A), how the clean images were augmented (Appendix F.2), or None for zeros: not at all.
+            all_outputs: append the network's further outputs (`Preconditioning.outputs`) to D, along the channels.
 
         Returns:
             (B, C, H, W), the expected clean images.
         """
-        dtype = next(self.model.parameters()).dtype
+        c_skip, c_out, c_in, c_noise = (getattr(self.preconditioning, c) for c in ("c_skip", "c_out", "c_in", "c_noise"))
+        dtype, channels = next(self.model.parameters()).dtype, x.shape[1]
         x = x.to(dtype)
         if not isinstance(sigma, torch.Tensor):
-            sigma = x.new_full((), sigma)  # unlike a copy of the number, this does not wait for a GPU
+            sigma = x.new_full((), sigma)  # on the GPU, without waiting for it as a copy of a number would
         sigma = sigma.to(x).expand(x.shape[0])
-        c_skip, c_out, c_in = (
-            c(sigma)[:, None, None, None]
-            for c in (self.preconditioning.c_skip, self.preconditioning.c_out, self.preconditioning.c_in)
-        )
-        F = self.model(c_in * x, self.preconditioning.c_noise(sigma), labels, augment_labels)
-        D = c_skip * x + c_out * F[:, : x.shape[1]].to(dtype)
-        return torch.cat([D, F[:, x.shape[1] :].to(dtype)], dim=1) if all_outputs else D
+        per_image = sigma[:, None, None, None]
+        F = self.model(c_in(per_image) * x, c_noise(sigma), labels, augment_labels).to(dtype)
+        D = c_skip(per_image) * x + c_out(per_image) * F[:, :channels]
+        return torch.cat([D, F[:, channels:]], dim=1) if all_outputs else D
 
     def round_sigma(self, sigma: float) -> float:
-        """The nearest noise level that the network knows."""
+        """Return the nearest noise level that the network knows."""
         return self.preconditioning.round_sigma(torch.tensor(sigma, dtype=torch.float64)).item()

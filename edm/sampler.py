@@ -1,4 +1,8 @@
-"""Sampling (the paper's Algorithms 1, 2 and 3): from noise to images along the probability-flow ODE, with or without churn."""
+"""Samplers: from noise to images along the probability-flow ODE, with or without added noise (Algorithms 1, 2 and 3).
+
+`heun_sampler` and `stochastic_sampler` are Algorithms 1 and 2 as the paper prints them. `sample` does what they do and the rest
+of the design space: any sigma(t) and s(t), first or second order, churn, and noise levels that the network must be asked at.
+"""
 
 import functools
 import math
@@ -8,21 +12,101 @@ from typing import NamedTuple
 
 import torch
 
+from edm.precond import Denoiser, score
 from edm.schedule import LINEAR, Schedule
 
 SOLVERS = ("heun", "euler")
 
 
+def heun_sampler(
+    D: Denoiser, latents: torch.Tensor, t_steps: torch.Tensor, schedule: Schedule = LINEAR, labels: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Follow the ODE from noise to images with Heun's second-order method (Algorithm 1).
+
+    Args:
+        D: the denoiser.
+        latents: (B, C, H, W), noise of unit variance.
+        t_steps: (N + 1,), the times t_0 > ... > t_N; the noise level at t_N is 0.
+        schedule: sigma(t) and s(t).
+        labels: one-hot (B, K) or None.
+
+    Returns:
+        (B, C, H, W), the images.
+    """
+    sigma, s = schedule.sigma, schedule.s
+
+    def dx_dt(x: torch.Tensor, t: float) -> torch.Tensor:
+        dsigma, ds = schedule.derivatives(t)
+        return (dsigma / sigma(t) + ds / s(t)) * x - dsigma * s(t) / sigma(t) * D(x / s(t), sigma(t), labels)
+
+    t = t_steps.tolist()
+    x = sigma(t[0]) * s(t[0]) * latents
+    for t_i, t_next in pairwise(t):
+        d = dx_dt(x, t_i)
+        x_next = x + (t_next - t_i) * d  # Euler step
+        if sigma(t_next) != 0:  # 2nd order correction
+            d_prime = dx_dt(x_next, t_next)
+            x_next = x + (t_next - t_i) * (d / 2 + d_prime / 2)
+        x = x_next
+    return x
+
+
+def stochastic_sampler(
+    D: Denoiser,
+    latents: torch.Tensor,
+    t_steps: torch.Tensor,
+    noise: Callable[[], torch.Tensor],
+    S_churn: float,
+    S_min: float = 0.0,
+    S_max: float = math.inf,
+    S_noise: float = 1.0,
+    labels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Sample with churn (Algorithm 2): add some noise before every step, then step back from the higher noise level.
+
+    The exchange of old noise for new corrects errors made in earlier steps. With small steps it follows the SDE (Eq. 6; dt is
+    negative on the way from noise to images, and sigma(t) = t here):
+
+        dx = - sigma'(t) sigma(t) score(x; sigma(t)) dt    the ODE (Eq. 1)
+             - beta(t) sigma(t)^2 score(x; sigma(t)) dt    removes noise
+             + sqrt(2 beta(t)) sigma(t) dw                 adds as much new noise
+
+    A step of length h adds noise at the rate beta = gamma / h, where gamma = S_churn / N. S_churn = 0 leaves the ODE.
+
+    Args:
+        D, latents, t_steps, labels: as in `heun_sampler`.
+        noise: called once a step; returns noise of unit variance of the latents' shape.
+        S_churn: how much noise is added in all steps together.
+        S_min, S_max: the noise levels between which it is added.
+        S_noise: standard deviation of the added noise; slightly above 1 makes up for detail that D removes.
+
+    Returns:
+        (B, C, H, W), the images.
+    """
+    t = t_steps.tolist()
+    x = t[0] * latents
+    for t_i, t_next in pairwise(t):
+        gamma = min(S_churn / (len(t) - 1), math.sqrt(2) - 1) if S_min <= t_i <= S_max else 0.0
+        t_hat = t_i + gamma * t_i
+        x_hat = x + math.sqrt(t_hat**2 - t_i**2) * S_noise * noise()
+        d = (x_hat - D(x_hat, t_hat, labels)) / t_hat
+        x = x_hat + (t_next - t_hat) * d
+        if t_next != 0:
+            d_prime = (x - D(x, t_next, labels)) / t_next
+            x = x_hat + (t_next - t_hat) * (d / 2 + d_prime / 2)
+    return x
+
+
 class State(NamedTuple):
-    """Where the sampler stands after a step."""
+    """What a sampler yields after each step."""
 
     x: torch.Tensor  # (B, C, H, W), images plus noise of standard deviation sigma (the scaling divided out)
     sigma: float
-    denoised: torch.Tensor  # (B, C, H, W), the step's first estimate of the clean images
+    denoised: torch.Tensor  # (B, C, H, W), the estimate of the clean images at the start of the step
 
 
 def sample(
-    denoiser,
+    denoiser: Denoiser,
     latents: torch.Tensor,
     sigma_steps: torch.Tensor,
     labels: torch.Tensor | None = None,
@@ -36,22 +120,20 @@ def sample(
     noise: Callable[[], torch.Tensor] | None = None,
     round_sigma: Callable[[float], float] = lambda sigma: sigma,
 ) -> Iterator[State]:
-    """Algorithm 2 for any sigma(t) and s(t). By default that is sigma(t) = t and s(t) = 1, and, as S_churn is 0, Algorithm 1.
+    """Sample with any choice of Table 1, with or without churn; by default as Algorithm 1 with sigma(t) = t and s(t) = 1.
 
     Args:
-        denoiser: D(x, sigma, labels) -> (B, C, H, W).
-        latents: (B, C, H, W), unit normal. Their precision is the sampler's: float64 in the paper's experiments.
-        sigma_steps: (N + 1,) noise levels sigma(t_i), falling, the last one 0.
+        denoiser: D(x, sigma, labels).
+        latents: (B, C, H, W), noise of unit variance. The sampler works in their precision, float64 in the paper.
+        sigma_steps: (N + 1,), the noise levels sigma(t_i), falling, the last one 0.
         labels: one-hot (B, K) or None.
         schedule: sigma(t) and s(t).
         solver: "heun" (second order, 2N - 1 evaluations) or "euler" (first order, N evaluations).
-        alpha: where in a step, above 0 and up to 1, the second evaluation is (Algorithm 3): 1 is Heun's method, 1/2 the
-            midpoint method, 2/3 Ralston's.
-        S_churn: how much noise is added and removed again over all the steps.
-        S_min, S_max: the noise levels between which it is.
-        S_noise: standard deviation of the added noise.
-        noise: called once a step, where S_churn > 0, for unit normal noise of the latents' shape.
-        round_sigma: the nearest noise level that the denoiser knows; by default it knows all.
+        alpha: where in a step the second evaluation lies (Algorithm 3), in (0, 1]: 1 is Heun's method, 1/2 the midpoint
+            method, 2/3 Ralston's.
+        S_churn, S_min, S_max, S_noise: as in `stochastic_sampler`.
+        noise: called once a step if S_churn > 0; returns noise of unit variance of the latents' shape.
+        round_sigma: returns the nearest noise level that the denoiser knows. By default it knows all.
 
     Yields:
         The state after each of the N steps; the last one's x holds the images.
@@ -62,15 +144,16 @@ def sample(
     if solver not in SOLVERS or (S_churn > 0 and noise is None):
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, and S_churn above 0 needs noise")
 
-    @functools.cache  # Heun's step ends where the next one begins
-    def moment(t: float) -> tuple[float, ...]:
+    @functools.cache  # a step of Heun's method ends where the next one begins
+    def schedule_at(t: float) -> tuple[float, ...]:
         return schedule.sigma(t), schedule.s(t), *schedule.derivatives(t)
 
-    def slope(x: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """dx/dt (Eq. 4) at x, images and noise scaled by s(t); and the denoised images."""
-        sigma, s, dsigma, ds = moment(t)
+    def dx_dt(x: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the slope of the ODE (Eq. 4) and the denoised images."""
+        sigma, s, dsigma, ds = schedule_at(t)
         denoised = denoiser(x / s, sigma, labels).to(x.dtype)
-        return (dsigma / sigma + ds / s) * x - dsigma * s / sigma * denoised, denoised
+        # Eq. 4 has s^2 for the gradient by x; the score is the gradient by x / s, which is s times that.
+        return ds / s * x - s * dsigma * sigma * score(x / s, sigma, denoised), denoised
 
     sigma_steps = [*map(round_sigma, sigma_steps[:-1].tolist()), 0.0]
     num_steps = len(sigma_steps) - 1
@@ -79,30 +162,33 @@ def sample(
         sigma_hat = sigma
         if S_churn > 0:
             epsilon = S_noise * noise()
-            if S_min <= sigma <= S_max:  # raise the noise level
-                sigma_hat = max(sigma, round_sigma(sigma * (1 + min(S_churn / num_steps, math.sqrt(2) - 1))))
+            if S_min <= sigma <= S_max:  # raise the noise level, as Algorithm 2 does
+                gamma = min(S_churn / num_steps, math.sqrt(2) - 1)
+                sigma_hat = max(sigma, round_sigma(sigma + gamma * sigma))
                 x = x + math.sqrt(sigma_hat**2 - sigma**2) * epsilon
 
         t, t_next = schedule.t(sigma_hat), schedule.t(sigma_next)
         h = t_next - t
         x = x * schedule.s(t)
-        d, denoised = slope(x, t)
+        d, denoised = dx_dt(x, t)
         if solver == "heun" and sigma_next > 0:  # at 0 the slope is undefined
-            d_prime, _ = slope(x + alpha * h * d, (1 - alpha) * t + alpha * t_next)
+            d_prime, _ = dx_dt(x + alpha * h * d, (1 - alpha) * t + alpha * t_next)
             d = (1 - 1 / (2 * alpha)) * d + 1 / (2 * alpha) * d_prime
-        # Where sigma(t) never reaches 0, its last step goes along sigma itself instead of t.
+        # If sigma(t) never reaches 0, the last step is infinitely long in t. Along sigma it ends at the denoised image.
         x = (x + h * d) / schedule.s(t_next) if math.isfinite(h) else denoised
         yield State(x, sigma_next, denoised)
 
 
-def guided(denoiser, guidance: float):
-    """Classifier-free guidance (Ho and Salimans, 2022): D(x; sigma) + guidance (D(x; sigma, labels) - D(x; sigma)).
+def guided(denoiser: Denoiser, guidance: float) -> Denoiser:
+    """Return a denoiser with classifier-free guidance: D(x; sigma) + guidance (D(x; sigma, labels) - D(x; sigma)).
+
+    After Ho and Salimans, 2022 (arXiv 2207.12598).
 
     Args:
         denoiser: a conditional denoiser, trained with label dropout.
-        guidance: 0 ignores the labels, 1 is plain conditional sampling (the denoiser itself), more exaggerates the class.
+        guidance: 0 ignores the labels, 1 samples the class as trained, more exaggerates it.
 
-    What else the network puts out (`all_outputs`), its variance, is the conditional one's.
+    With `all_outputs`, the further outputs are those of the conditional denoiser.
     """
     if guidance == 1:
         return denoiser
@@ -115,8 +201,8 @@ def guided(denoiser, guidance: float):
     return guided_denoiser
 
 
-def clipped(denoiser):
-    """The denoiser with its images clipped to the data's range, [-1, 1], as DDPM's sampler has them."""
+def clipped(denoiser: Denoiser) -> Denoiser:
+    """Return a denoiser whose images are clipped to [-1, 1], the range of the data, as DDPM's sampler does."""
 
     def clipped_denoiser(x, sigma, labels=None, **options):
         D, others = denoiser(x, sigma, labels, **options).tensor_split([x.shape[1]], dim=1)

@@ -1,7 +1,8 @@
-"""The raw network F(x; c_noise): U-Nets that know nothing of diffusion (the paper's Appendix F).
+"""The raw network F(x; c_noise): the U-Nets DDPM++ and NCSN++ of Song et al. (2021) and ADM of Dhariwal and Nichol (2021).
 
-`DDPMpp` and `NCSNpp` follow Song et al. (2021), `ADM` Dhariwal and Nichol (2021). Parameter names are those of the weights
-published with the paper.
+They are plain networks from images to images, which `edm.precond` turns into denoisers. The paper describes them in outline
+(Appendix F). Names of parameters and details that it leaves out follow the networks published with it, whose weights load as
+they are: the order of concatenated features, the scaling of the labels, where the decoder has attention, the initial weights.
 """
 
 import math
@@ -10,40 +11,37 @@ import torch
 from torch import nn
 from torch.nn.functional import silu
 
-from edm.blocks import (
-    ADMBlock,
-    AuxResidual,
-    Block,
-    FourierFeatures,
-    NCSNppBlock,
-    conv,
-    falling_frequencies,
-    group_norm,
-    sinusoids,
-)
+from edm import blocks
 
 
 class UNet(nn.Module):
-    """What the three have in common: an encoder and a decoder over named blocks.
+    """The base of the three networks: an encoder, a decoder, and skip connections between them.
+
+    DDPM++, NCSN++ and ADM set the class attributes and define the layers of the embedding.
 
     Args:
         img_resolution: height and width of the images, in pixels.
         img_channels: channels of the input.
-        out_channels: channels of the output; by default those of the input.
+        out_channels: channels of the output; by default as many as `img_channels`.
         label_dim: number of classes, 0 for an unconditional network.
         augment_dim: size of the augmentation labels, 0 for none.
-        model_channels: the width that `channel_mult` multiplies.
-        channel_mult: width of every level over `model_channels`; each level halves the resolution of the one before.
-        num_blocks: blocks of a level in the encoder (one more in the decoder).
-        attn_resolutions: resolutions whose blocks have self-attention (the lowest level's first decoder block always has it).
-        dropout: probability of dropping a feature in each block.
+        model_channels: the base width.
+        channel_mult: width of each level, in multiples of `model_channels`. Each level halves the resolution.
+        num_blocks: blocks in each level of the encoder (the decoder has one more).
+        attn_resolutions: resolutions at which blocks have self-attention (the decoder's first block always has it).
+        dropout: probability of zeroing a feature in each block.
 
     Raises:
-        ValueError: the resolution cannot be halved at every level, or the widths cannot be grouped.
+        ValueError: the resolution cannot be halved at every level, or the widths cannot be divided into groups or heads.
     """
 
-    Block = Block
-    noise_mult = 1  # features of the noise embedding over model_channels
+    Block = blocks.Block
+    NoiseEmbedding = blocks.SinusoidalEmbedding
+    noise_mult = 1  # features of the noise embedding, in multiples of model_channels
+    wide_stem = False  # whether the first convolution has the width of the first level instead of model_channels
+    input_pyramid = False  # whether the input, downsampled, is added at each level of the encoder
+    full_decoder_attention = False  # whether all decoder blocks at attn_resolutions have attention or only the last
+    separate_output = False  # whether the output layers are named out_norm and out_conv instead of being part of dec
 
     def __init__(
         self,
@@ -59,46 +57,53 @@ class UNet(nn.Module):
         dropout: float = 0.10,
     ):
         super().__init__()
-        lowest = img_resolution >> (len(channel_mult) - 1)
-        if lowest << (len(channel_mult) - 1) != img_resolution or lowest < 1:
-            raise ValueError(f"{img_resolution} pixels cannot be halved {len(channel_mult) - 1} times, as channel_mult asks")
-        self.label_dim = label_dim
-        self.augment_dim = augment_dim
-        self.model_channels = model_channels
-        self.embedding_channels = 4 * model_channels
-        self.add_mapping()
+        halvings = len(channel_mult) - 1
+        if img_resolution % 2**halvings:
+            raise ValueError(f"{img_resolution} pixels cannot be halved {halvings} times, as channel_mult asks")
+        self.label_dim, self.augment_dim = label_dim, augment_dim
+        num_features, embedding_channels = self.noise_mult * model_channels, 4 * model_channels
+        self.map_noise = self.NoiseEmbedding(num_features)
+        self.add_embedding_layers(num_features, embedding_channels)
 
-        def block(in_channels: int, out_channels: int, **options) -> Block:
-            return self.Block(in_channels, out_channels, self.embedding_channels, dropout=dropout, **options)
+        def block(in_channels: int, out_channels: int, **options) -> blocks.Block:
+            return self.Block(in_channels, out_channels, embedding_channels, dropout=dropout, **options)
 
-        # Encoder: every output is kept for the decoder.
+        # Encoder. Each of its outputs is concatenated to the input of a decoder block, the last one first.
         levels = [(img_resolution >> level, model_channels * mult) for level, mult in enumerate(channel_mult)]
-        width = self.stem_channels(channel_mult)
-        self.enc = nn.ModuleDict({f"{img_resolution}x{img_resolution}_conv": self.Block.init(conv(img_channels, width, 3))})
-        kept, aux_channels = [width], img_channels
+        top, init = f"{img_resolution}x{img_resolution}", self.Block.init
+        width = model_channels * (channel_mult[0] if self.wide_stem else 1)
+        self.enc = nn.ModuleDict({f"{top}_conv": init(blocks.conv(img_channels, width, 3))})
+        skip_widths, aux_width = [width], img_channels
         for level, (res, channels) in enumerate(levels):
             if level > 0:
                 self.enc[f"{res}x{res}_down"] = block(width, width, resample="down")
-                aux_channels = self.add_aux(f"{res}x{res}_aux_residual", aux_channels, width)
-                kept.append(width)
+                if self.input_pyramid:
+                    self.enc[f"{res}x{res}_aux_residual"] = init(blocks.AuxResidual(aux_width, width, self.Block.taps))
+                    aux_width = width
+                skip_widths.append(width)
             for index in range(num_blocks):
                 self.enc[f"{res}x{res}_block{index}"] = block(width, channels, attention=res in attn_resolutions)
                 width = channels
-                kept.append(width)
+                skip_widths.append(width)
 
-        # Decoder: every numbered block first takes in the last kept output.
         self.dec = nn.ModuleDict()
         for level, (res, channels) in reversed(list(enumerate(levels))):
-            if level == len(levels) - 1:
+            if level == halvings:
                 self.dec[f"{res}x{res}_in0"] = block(width, width, attention=True)
                 self.dec[f"{res}x{res}_in1"] = block(width, width)
             else:
                 self.dec[f"{res}x{res}_up"] = block(width, width, resample="up")
             for index in range(num_blocks + 1):
-                attention = res in attn_resolutions and self.decoder_attends(last=index == num_blocks)
-                self.dec[f"{res}x{res}_block{index}"] = block(width + kept.pop(), channels, attention=attention)
+                attention = res in attn_resolutions and (self.full_decoder_attention or index == num_blocks)
+                self.dec[f"{res}x{res}_block{index}"] = block(width + skip_widths.pop(), channels, attention=attention)
                 width = channels
-        self.add_output(img_resolution, width, out_channels or img_channels)
+
+        norm = blocks.group_norm(width, self.Block.eps)
+        last = init(blocks.conv(width, out_channels or img_channels, 3), self.Block.last_gain)
+        if self.separate_output:
+            self.out_norm, self.out_conv = norm, last
+        else:
+            self.dec[f"{top}_aux_norm"], self.dec[f"{top}_aux_conv"] = norm, last
 
     def forward(
         self,
@@ -107,7 +112,7 @@ class UNet(nn.Module):
         labels: torch.Tensor | None = None,
         augment_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The network's raw output.
+        """Return the raw output of the network.
 
         Args:
             x: (B, img_channels, img_resolution, img_resolution), of unit variance.
@@ -123,127 +128,80 @@ class UNet(nn.Module):
                 labels = c_noise.new_zeros(1, self.label_dim)
             if augment_labels is None:
                 augment_labels = c_noise.new_zeros(1, self.augment_dim)
-            e = self.embedding(c_noise, labels.to(c_noise.dtype), augment_labels.to(c_noise.dtype))
-        aux, kept = x, []
+            e = self.embedding(self.map_noise(c_noise), labels.to(c_noise.dtype), augment_labels.to(c_noise.dtype))
+        aux, skips = x, []
         for name, layer in self.enc.items():
             if name.endswith("aux_residual"):
-                x = aux = (kept.pop() + layer(aux)) / math.sqrt(2)
+                x = aux = (skips.pop() + layer(aux)) / math.sqrt(2)  # replaces the output of the block before it
             else:
                 x = layer(x) if name.endswith("conv") else layer(x, e)
-            kept.append(x)
+            skips.append(x)
         for name, layer in self.dec.items():
-            if "aux" not in name:
-                x = layer(torch.cat([x, kept.pop()], dim=1) if "block" in name else x, e)
-        return self.output(x)
-
-    def stem_channels(self, channel_mult: tuple[int, ...]) -> int:
-        """Width of the first convolution."""
-        return self.model_channels
-
-    def add_aux(self, name: str, aux_channels: int, channels: int) -> int:
-        """Add a step of the input pyramid, if there is one; returns the pyramid's width after it."""
-        return aux_channels
-
-    def decoder_attends(self, last: bool) -> bool:
-        """Whether a decoder block has self-attention at the resolutions that ask for it."""
-        return last
-
-
-class DDPMpp(UNet):
-    """DDPM++."""
-
-    def add_mapping(self) -> None:
-        """Layers from noise level and labels to the embedding."""
-        init, features = self.Block.init, self.noise_mult * self.model_channels
-        if self.label_dim:
-            self.map_label = init(nn.Linear(self.label_dim, features))
-        if self.augment_dim:
-            self.map_augment = init(nn.Linear(self.augment_dim, features, bias=False))
-        self.map_layer0 = init(nn.Linear(features, self.embedding_channels))
-        self.map_layer1 = init(nn.Linear(self.embedding_channels, self.embedding_channels))
-
-    def noise_features(self, c_noise: torch.Tensor) -> torch.Tensor:
-        """(B,) -> (B, model_channels), frequencies from 1 to 1/10000."""
-        half = self.model_channels // 2
-        return torch.cat(sinusoids(c_noise, falling_frequencies(half, half - 1, like=c_noise)), dim=1)
-
-    def embedding(self, c_noise: torch.Tensor, labels: torch.Tensor, augment_labels: torch.Tensor) -> torch.Tensor:
-        """Noise level and labels as one vector e: (B, embedding_channels)."""
-        e = self.noise_features(c_noise)
-        if self.label_dim:
-            e = e + self.map_label(labels * math.sqrt(self.label_dim))
-        if self.augment_dim:
-            e = e + self.map_augment(augment_labels)
-        return silu(self.map_layer1(silu(self.map_layer0(e))))
-
-    def add_output(self, img_resolution: int, channels: int, out_channels: int) -> None:
-        """Layers from the decoder's last block to the output."""
-        name = f"{img_resolution}x{img_resolution}_aux"
-        self.dec[f"{name}_norm"] = group_norm(channels, self.Block.eps)
-        self.dec[f"{name}_conv"] = self.Block.init(conv(channels, out_channels, 3), self.Block.last_gain)
-
-    def output(self, x: torch.Tensor) -> torch.Tensor:
-        *_, norm, last = self.dec.values()
+            if "aux" not in name:  # the output layers of DDPM++ and NCSN++
+                x = layer(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, e)
+        norm, last = (self.out_norm, self.out_conv) if self.separate_output else list(self.dec.values())[-2:]
         return last(silu(norm(x)))
 
 
+class DDPMpp(UNet):
+    """The DDPM++ network (Song et al., 2021)."""
+
+    def add_embedding_layers(self, num_features: int, embedding_channels: int) -> None:
+        """Add the layers that map the noise features and the labels to the embedding."""
+        init = self.Block.init
+        if self.label_dim:
+            self.map_label = init(nn.Linear(self.label_dim, num_features))
+        if self.augment_dim:
+            self.map_augment = init(nn.Linear(self.augment_dim, num_features, bias=False))
+        self.map_layer0 = init(nn.Linear(num_features, embedding_channels))
+        self.map_layer1 = init(nn.Linear(embedding_channels, embedding_channels))
+
+    def embedding(self, features: torch.Tensor, labels: torch.Tensor, augment_labels: torch.Tensor) -> torch.Tensor:
+        """Map noise features (B, num_features), labels and augmentation labels to the embedding e (B, embedding_channels)."""
+        if self.label_dim:
+            features = features + self.map_label(labels * math.sqrt(self.label_dim))
+        if self.augment_dim:
+            features = features + self.map_augment(augment_labels)
+        return silu(self.map_layer1(silu(self.map_layer0(features))))
+
+
 class NCSNpp(DDPMpp):
-    """NCSN++: DDPM++ with Fourier features, a smoother filter, and the input fed to every level of the encoder."""
+    """The NCSN++ network: DDPM++ with Fourier features, a smoother resampling filter and the input added at every level."""
 
-    Block = NCSNppBlock
+    Block = blocks.NCSNppBlock
+    NoiseEmbedding = blocks.FourierEmbedding
     noise_mult = 2
-
-    def add_mapping(self) -> None:
-        self.map_noise = FourierFeatures(self.noise_mult * self.model_channels)
-        super().add_mapping()
-
-    def noise_features(self, c_noise: torch.Tensor) -> torch.Tensor:
-        return self.map_noise(c_noise)
-
-    def add_aux(self, name: str, aux_channels: int, channels: int) -> int:
-        self.enc[name] = self.Block.init(AuxResidual(aux_channels, channels, self.Block.taps))
-        return channels
+    input_pyramid = True
 
 
 class ADM(UNet):
-    """ADM, the network of guided diffusion."""
+    """The ADM network (Dhariwal and Nichol, 2021)."""
 
-    Block = ADMBlock
+    Block = blocks.ADMBlock
+    NoiseEmbedding = blocks.ADMSinusoidalEmbedding
+    wide_stem = True
+    full_decoder_attention = True
+    separate_output = True
 
-    def add_mapping(self) -> None:
-        """Layers from noise level and labels to the embedding."""
-        init, features = self.Block.init, self.model_channels
+    def add_embedding_layers(self, num_features: int, embedding_channels: int) -> None:
+        """Add the layers that map the noise features and the labels to the embedding."""
+        init = self.Block.init
         if self.augment_dim:
-            self.map_augment = init(nn.Linear(self.augment_dim, features, bias=False), gain=0)
-        self.map_layer0 = init(nn.Linear(features, self.embedding_channels))
-        self.map_layer1 = init(nn.Linear(self.embedding_channels, self.embedding_channels))
+            self.map_augment = init(nn.Linear(self.augment_dim, num_features, bias=False), gain=0)
+        self.map_layer0 = init(nn.Linear(num_features, embedding_channels))
+        self.map_layer1 = init(nn.Linear(embedding_channels, embedding_channels))
         if self.label_dim:
-            self.map_label = nn.Linear(self.label_dim, self.embedding_channels, bias=False)
+            self.map_label = nn.Linear(self.label_dim, embedding_channels, bias=False)
             nn.init.normal_(self.map_label.weight)
 
-    def embedding(self, c_noise: torch.Tensor, labels: torch.Tensor, augment_labels: torch.Tensor) -> torch.Tensor:
-        """Noise level and labels as one vector e: (B, embedding_channels)."""
-        half = self.model_channels // 2
-        sines, cosines = sinusoids(c_noise, falling_frequencies(half, half, like=c_noise))
-        e = torch.cat([cosines, sines], dim=1)
+    def embedding(self, features: torch.Tensor, labels: torch.Tensor, augment_labels: torch.Tensor) -> torch.Tensor:
+        """Map noise features (B, num_features), labels and augmentation labels to the embedding e (B, embedding_channels)."""
         if self.augment_dim:
-            e = e + self.map_augment(augment_labels)
-        e = self.map_layer1(silu(self.map_layer0(e)))
-        return silu(e + self.map_label(labels)) if self.label_dim else silu(e)
-
-    def stem_channels(self, channel_mult: tuple[int, ...]) -> int:
-        return self.model_channels * channel_mult[0]
-
-    def decoder_attends(self, last: bool) -> bool:
-        return True
-
-    def add_output(self, img_resolution: int, channels: int, out_channels: int) -> None:
-        """Layers from the decoder's last block to the output."""
-        self.out_norm = group_norm(channels, self.Block.eps)
-        self.out_conv = self.Block.init(conv(channels, out_channels, 3), self.Block.last_gain)
-
-    def output(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out_conv(silu(self.out_norm(x)))
+            features = features + self.map_augment(augment_labels)
+        e = self.map_layer1(silu(self.map_layer0(features)))
+        if self.label_dim:
+            e = e + self.map_label(labels)
+        return silu(e)
 
 
 NETWORKS = {"ddpmpp": DDPMpp, "ncsnpp": NCSNpp, "adm": ADM}

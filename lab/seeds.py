@@ -1,4 +1,4 @@
-"""Every random draw has an address (a seed and a purpose, a step or an image), so that it can be made again."""
+"""Random draws that can be repeated: each has an address, such as (seed, "step", 12), that its seed is computed from."""
 
 import hashlib
 
@@ -6,26 +6,29 @@ import torch
 
 
 def seed_for(*address: int | str) -> int:
-    """A 64-bit seed that depends on every part of the address. (PyTorch's CPU generators use 32 bits of it, so in a run of
-    a few hundred thousand steps some two will share their noise, though not their images.)"""
+    """Return a 64-bit seed that depends on every part of the address.
+
+    PyTorch's CPU generators use only 32 of the bits, so among a few hundred thousand steps some two may share their noise
+    (but not their images).
+    """
     return int.from_bytes(hashlib.blake2b(repr(address).encode(), digest_size=8).digest(), "little")
 
 
 def generator_for(*address: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator whose draws depend on the address alone."""
+    """Return a generator whose draws depend on the address alone."""
     return torch.Generator(device).manual_seed(seed_for(*address))
 
 
 class ImageNoise:
-    """Unit normal noise for a batch of images, each from a generator of its own, so that an image does not depend on the
-    images beside it. Drawn in float64 on the CPU, so that it does not depend on the device either.
+    """Unit normal noise for a batch of images, each from its own generator: calling it returns fresh noise, (B, C, H, W).
+
+    An image therefore does not depend on the other images of its batch. The noise is drawn in float64 on the CPU, so it does
+    not depend on the device either.
 
     Args:
-        seeds: one per image, from 0 to 2^32 - 1.
+        seeds: one for each image, from 0 to 2^32 - 1.
         shape: (C, H, W) of one image.
         device, dtype: what the noise is converted to.
-
-    Calling it gives fresh noise, (B, C, H, W).
     """
 
     def __init__(self, seeds: list[int], shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype):
@@ -36,5 +39,5 @@ class ImageNoise:
         noise = torch.stack([torch.randn(self.shape, generator=g, dtype=torch.float64) for g in self.generators])
         noise = noise.to(self.dtype)
         if self.device.type == "cuda":
-            noise = noise.pin_memory()  # else the copy would wait until the GPU has done all before it
+            noise = noise.pin_memory()  # so that the copy does not wait for the work queued on the GPU
         return noise.to(self.device, non_blocking=True)

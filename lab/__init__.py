@@ -1,0 +1,1 @@
+"""What runs the paper: configurations, data, runs, devices, evaluation and pictures."""

@@ -1,0 +1,444 @@
+"""Evaluate a checkpoint: compare its samples with real images, and compute the likelihood of real images."""
+
+import argparse
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch.nn.functional import one_hot
+from tqdm import tqdm
+
+from edm.ddpm import Chain, variational_bound
+from edm.likelihood import bits_per_dimension, dequantize, log_density
+from edm.precond import Denoiser, PreconditionedDenoiser
+from edm.sampler import clipped
+from edm.schedule import RANGES, ve_steps
+from lab.build import build_sampler, known_chain
+from lab.checkpoint import write_atomically
+from lab.cli import Parser, UserError, run_script, whole_number
+from lab.config import Config, with_overrides
+from lab.data import HAVE_TEST_SETS, to_model_range
+from lab.device import autocast_dtype, explain_out_of_memory
+from lab.distributed import World, distributed
+from lab.generate import class_labels, generate, load_denoiser, with_arguments
+from lab.metrics import MIN_IMAGES, Comparison, LabelledImages, real_images
+from lab.pictures import check_writable, save_sweep
+from lab.seeds import ImageNoise
+
+FEW_SAMPLES = 500  # the Frechet distance of fewer samples says little
+
+# The samplers of the sweep: numbers of steps, and overrides.
+EDM = ["sampler.discretization=edm", "sampler.schedule=linear", "sampler.scaling=none"]
+HEUN, HEUN_STEPS = [*EDM, "sampler.solver=heun"], [3, 5, 10, 18]
+SAMPLERS = {
+    "ancestral": ([5, 10, 20, 50], ["sampler.solver=ancestral"]),
+    "ddim": ([5, 10, 20, 50], ["sampler.solver=ddim"]),
+    "euler": ([5, 9, 19, 35], [*EDM, "sampler.solver=euler", "sampler.S_churn=0"]),
+    "heun": (HEUN_STEPS, [*HEUN, "sampler.S_churn=0"]),
+    "heun, S_churn 4": (HEUN_STEPS, [*HEUN, "sampler.S_churn=4"]),
+}
+CHURN = [0, 1, 2, 4, 7]  # with Heun's method in 18 steps, where gamma reaches its limit, sqrt(2) - 1, at 7.5
+
+
+def main() -> None:
+    args = parse_arguments()
+    num_samples, batch_size = args.num_samples, args.batch_size
+    with distributed(args.device) as (device, world), explain_out_of_memory(f"lower --batch_size (now {batch_size})"):
+        # First all that can fail because of the arguments; only one rank reports an error.
+        first = world.rank_zero_first
+        config, denoiser, step = first(lambda: load_denoiser(args.checkpoint, args.config_path, args.overrides, device))
+        first(lambda: build_sampler(config))
+        train, held_out = first(lambda: real_images(config, device))
+        real = held_out if args.against == "test" else train
+        images, labels = first(lambda: first_images(real, args.num_images, config.network.label_dim))
+        if len(images):
+            levels = first(lambda: ode_levels(denoiser, config, args.ode_steps))
+            chain = first(lambda: bound_chain(config, args.timesteps))
+
+        against = describe(config, args.against)
+        results = {"checkpoint": str(args.checkpoint), "step": step, "against": against}
+        if num_samples:
+            options = (args.output_dir / "classifier", args.against, args.features)
+            comparison = on_first_rank(world, lambda: Comparison(config, train, held_out, *options))
+            if num_samples < FEW_SAMPLES:
+                print(f"warning: the Frechet distance of {num_samples} samples says little; compare {FEW_SAMPLES} or more")
+        if args.sweep:
+            picture = args.output_dir / "image" / config.data.dataset / "evaluate" / config.name / "sweep.png"
+            results["sweep"] = sweep(denoiser, config, comparison, num_samples, device, batch_size, world, picture)
+        elif num_samples:
+            samples = draw_samples(denoiser, config, num_samples, device, batch_size, world)
+            if comparison:
+                results |= compare(comparison, samples, config.network.label_dim, against)
+        if len(images):
+            bits = results["bits_per_dimension"] = {"ode": ode_bits(denoiser, levels, images, labels, batch_size, world)}
+            if chain:
+                bits["bound"] = bound_bits(denoiser, config, chain, images, labels, batch_size, world)
+        if args.json and world.is_first:
+            write_atomically(args.json, lambda file: file.write(json.dumps(results, indent=1).encode()))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the command line's arguments, with defaults that depend on each other filled in.
+
+    Raises:
+        UserError: arguments that do not fit together, or a file that cannot be written.
+    """
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="section.key=value", help="replace entries of the checkpoint's config")
+    with_arguments(parser)
+    add("--num_samples", type=whole_number(0), help="samples to compare (default: 1000, for --sweep 250; 0: no comparison)")
+    add("--num_images", type=whole_number(0), help="real images for bits per dimension (default: 100; 0: no bits)")
+    add("--ode_steps", type=whole_number(1, 10_000), default=64, help="steps of the ODE for bits per dimension (default: 64)")
+    add(
+        "--timesteps",
+        type=whole_number(1),
+        help="timesteps of the chain for the variational bound (default: all, of networks trained on a chain)",
+    )
+    add("--against", choices=["test", "train"], default="test", help="the real images to compare with (default: test)")
+    add(
+        "--features",
+        choices=["classifier", "inception"],
+        default="classifier",
+        help="the features to compare (default: those of a small classifier, which is trained on first use)",
+    )
+    add("--sweep", action="store_true", help="instead, draw the distance over the number of evaluations and over S_churn")
+    add("--batch_size", type=whole_number(1), default=100, help="images at a time (default: 100)")
+    add("--data_root", help="short for data.root=VALUE")
+    add("--output_dir", type=Path, default=Path("output"), help="folder of classifier and picture (default: output)")
+    add("--json", type=Path, metavar="FILE", help="also write the figures to a file")
+    args = parser.parse_intermixed_args()
+
+    if args.num_samples == args.num_images == 0:
+        parser.error("--num_samples 0 --num_images 0 leaves nothing to evaluate")
+    if args.sweep and (args.num_images is not None or args.timesteps):
+        parser.error("--sweep computes no bits per dimension; leave out --num_images and --timesteps")
+    if args.num_samples is None:
+        args.num_samples = 250 if args.sweep else 1000
+    if args.num_samples < MIN_IMAGES and (args.sweep or args.num_samples):
+        parser.error(f"--num_samples: a comparison takes {MIN_IMAGES} or more samples")
+    if args.sweep:
+        args.num_images = 0
+    if args.data_root:
+        args.overrides.append(f"data.root={args.data_root}")
+    if args.json:
+        check_writable(args.json)
+    return args
+
+
+def describe(config: Config, against: str) -> str:
+    """Return the name of the images that "test" or "train" stands for."""
+    if config.data.dataset in HAVE_TEST_SETS:
+        return {"test": "test images", "train": "training images"}[against]
+    return {"test": "one half of the images", "train": "the other half of the images"}[against]
+
+
+def bound_chain(config: Config, timesteps: int | None) -> Chain | None:
+    """Return the chain for the variational bound.
+
+    Args:
+        timesteps: how many; None stands for all of them, or for no bound if the network was not trained on a chain.
+
+    Raises:
+        UserError: the network does not know the chain's noise levels, or the chain is shorter.
+    """
+    if not timesteps and config.preconditioning.formulation not in ("ddpm", "improved_ddpm"):
+        return None
+    try:
+        return known_chain(config, timesteps or config.chain.num_timesteps)
+    except UserError as error:
+        raise UserError(f"the bound: {error}") from None
+
+
+def first_images(real: LabelledImages, count: int | None, label_dim: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the first `count` images, and their labels as one-hot (count, label_dim), or None if label_dim is 0.
+
+    Args:
+        count: None stands for 100, or for all images if there are fewer.
+
+    Raises:
+        UserError: there are fewer than `count`.
+    """
+    total = len(real.images)
+    if count and count > total:
+        raise UserError(f"--num_images: there are {total:,} images")
+    chosen = slice(min(100, total) if count is None else count)
+    return real.images[chosen], one_hot(real.labels[chosen], label_dim) if label_dim else None
+
+
+def on_first_rank(world: World, compute: Callable[[], object]):
+    """Return the result of `compute` on rank 0, and None on the others. A `UserError` ends all ranks."""
+    results = []
+    world.broadcast(lambda: results.append(compute()))
+    return results[0] if results else None
+
+
+def draw_samples(
+    denoiser: PreconditionedDenoiser,
+    config: Config,
+    count: int,
+    device: torch.device,
+    batch_size: int,
+    world: World,
+    title: str = "sampling",
+) -> torch.Tensor | None:
+    """Return the samples of seeds 0, 1, 2, ..., (count, C, H, W) uint8, on rank 0, and None on the others."""
+    precision = autocast_dtype("no", device)
+    batches = generate(denoiser, list(range(count)), config, device, batch_size, precision, world=world, title=title)
+    images = [batch[-1] for batch in batches]
+    return torch.cat(images) if images else None
+
+
+def compare(comparison: Comparison, samples: torch.Tensor, label_dim: int, against: str) -> dict:
+    """Return the figures of the samples and of as many real images, and print them in a table.
+
+    Args:
+        samples: (N, C, H, W) uint8, of seeds 0 to N - 1.
+        label_dim: the number of classes that the network knows.
+        against: the name of the images that they are compared with.
+    """
+    labels = class_labels(list(range(len(samples))), label_dim) if label_dim == comparison.num_classes else None
+    found = comparison.quality(samples, labels if labels is None else labels.argmax(dim=1))
+    floor = comparison.floor(len(samples))
+    columns = (f"{found['images']:,} samples", f"{floor['images']:,} real images")
+    print(f"{f'Compared with {against}:':<42}{columns[0]:>16}{columns[1]:>20}")
+    rows = [
+        ("Frechet distance", "frechet_distance", ".1f"),
+        ("precision", "precision", ".3f"),
+        ("recall", "recall", ".3f"),
+        ("of the right class", "right_class", ".1%"),
+        ("class balance is off by", "class_distance", ".1%"),
+    ]
+    for title, key, form in rows:
+        if key in found:
+            print(f"  {title:<40}{found[key]:>16{form}}{floor[key]:>20{form}}")
+    for index, shares in enumerate(zip(found.get("class_shares", []), floor.get("class_shares", []))):
+        print(f"  {f'share of class {index}':<40}{shares[0]:>16.1%}{shares[1]:>20.1%}")
+    return {"samples": found, "floor": floor}
+
+
+def sweep(
+    denoiser: PreconditionedDenoiser,
+    config: Config,
+    comparison: Comparison | None,
+    count: int,
+    device: torch.device,
+    batch_size: int,
+    world: World,
+    picture: Path,
+) -> dict | None:
+    """Return the Frechet distance of `count` samples over the number of network evaluations per image, for several samplers
+    (the paper's Figures 2 and 4), and over S_churn (Figure 5c). Prints each one, and draws them all.
+
+    Args:
+        denoiser: its evaluations are counted.
+        comparison: None on all ranks but the first.
+        picture: the PNG file to write.
+
+    Returns:
+        "samplers": {name: [(evaluations, distance), ...]}; "churn": [(S_churn, distance), ...]; "floor", the distance of as
+        many real images. On rank 0; None on the others.
+    """
+    world.broadcast(lambda: check_writable(picture))
+
+    @functools.cache  # the sweep over S_churn repeats some points
+    def measure(*overrides: str) -> tuple[float, float | None]:
+        varied, rows = with_overrides(config, overrides, "the sweep"), []
+        title = f"{varied.sampler.solver}, {varied.sampler.sampling_steps} steps"
+        with denoiser.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0]))):
+            images = draw_samples(denoiser, varied, count, device, batch_size, world, title)
+        evaluations = sum(world.gather(sum(rows))) / count
+        return evaluations, comparison.frechet_distance(images) if comparison else None
+
+    def point(name: str, overrides: list[str], steps: int) -> list[tuple[float, float | None]]:
+        """Return its evaluations and distance, or nothing if the network does not support the sampler."""
+        try:
+            evaluations, distance = measure(*overrides, f"sampler.sampling_steps={steps}")
+        except UserError as error:
+            print(f"{name} at {steps} steps is left out: {error}")
+            return []
+        if comparison:
+            print(f"{name + f', {steps} steps':<30} {evaluations:5.0f} evaluations: {distance:8.1f}", flush=True)
+        return [(evaluations, distance)]
+
+    curves = {
+        name: [found for steps in numbers for found in point(name, overrides, steps)]
+        for name, (numbers, overrides) in SAMPLERS.items()
+    }
+    churn = [
+        (S_churn, distance)
+        for S_churn in CHURN
+        for _, distance in point(f"heun, S_churn {S_churn}", [*HEUN, f"sampler.S_churn={S_churn}"], HEUN_STEPS[-1])
+    ]
+    if not comparison:
+        return None
+    floor = comparison.frechet_distance(comparison.others.images[:count])
+    print(f"{'as many real images':<30} {'':5}              {floor:8.1f}")
+    save_sweep(picture, curves, churn, floor, f"Frechet distance of {count:,} samples")
+    print(f"the picture is {picture}")
+    return {"samplers": curves, "churn": churn, "floor": floor}
+
+
+def per_image(
+    compute: Callable[[torch.Tensor, torch.Tensor | None, ImageNoise], Iterator[torch.Tensor]],
+    num_rows: int,
+    images: torch.Tensor,
+    labels: torch.Tensor | None,
+    batch_size: int,
+    title: str,
+    world: World,
+) -> torch.Tensor | None:
+    """Return what a computation yields for each image. The images are divided among the ranks.
+
+    Args:
+        compute: called with images (b, C, H, W) uint8, labels (b, K) or None, and noise seeded by the images' indices; yields
+            `num_rows` tensors (b,).
+        images, labels: (N, C, H, W) uint8, and one-hot (N, K) or None.
+        title: of the progress bar.
+
+    Returns:
+        (num_rows, N) in float64 on the CPU, on rank 0; None on the others.
+    """
+    mine, parts = world.shard(len(images)), []
+    dtype = torch.float32 if images.device.type == "mps" else torch.float64  # Apple GPUs have no float64
+    starts = range(mine.start, mine.stop, batch_size)
+    with tqdm(total=len(starts) * num_rows, desc=title, unit="step", leave=False, disable=not world.is_first) as bar:
+        for start in starts:
+            batch = slice(start, min(start + batch_size, mine.stop))
+            noise = ImageNoise(range(batch.start, batch.stop), tuple(images.shape[1:]), images.device, dtype)
+            rows = []
+            for row in compute(images[batch], labels if labels is None else labels[batch], noise):
+                rows.append(row)
+                bar.update()
+            parts.append(torch.stack(rows).cpu().double())
+    gathered = world.gather(parts)
+    return torch.cat([part for shard in gathered for part in shard], dim=1) if world.is_first else None
+
+
+def mean_and_error(values: torch.Tensor) -> tuple[float, float | None]:
+    """Return the mean of (N,) values and its standard error, which is None for a single value."""
+    return values.mean().item(), values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def plus_minus(mean: float, error: float | None) -> str:
+    """Return a mean and its standard error as text."""
+    return f"{mean:8.4f}" + (f" +- {error:.4f}" if error is not None else "")
+
+
+def ode_levels(denoiser: PreconditionedDenoiser, config: Config, num_steps: int) -> torch.Tensor:
+    """Return rising noise levels of the sampler's range, in geometric progression and rounded to those that the network knows.
+
+    Returns:
+        (num_steps + 1,), or fewer if the network knows few.
+
+    Raises:
+        UserError: the network does not know two noise levels of the range.
+    """
+    options, known = config.sampler, denoiser.preconditioning
+    low, high = RANGES[options.discretization]
+    low = max(low if options.sigma_min is None else options.sigma_min, known.sigma_min)
+    high = min(high if options.sigma_max is None else options.sigma_max, known.sigma_max)
+    levels = sorted({denoiser.round_sigma(sigma) for sigma in ve_steps(num_steps + 1, low, high)[:-1].tolist()})
+    if low >= high or len(levels) < 2:
+        raise UserError(f"bits per dimension: the network does not know two noise levels from {low:g} to {high:g}")
+    return torch.tensor(levels, dtype=torch.float64)
+
+
+@torch.no_grad()
+def ode_bits(
+    denoiser: Denoiser,
+    levels: torch.Tensor,
+    images: torch.Tensor,
+    labels: torch.Tensor | None,
+    batch_size: int,
+    world: World,
+) -> dict | None:
+    """Return the bits per dimension of images under the ODE of the deterministic sampler, and print them.
+
+    Each image is moved to a random point of the intervals of its grey levels. A conditional network is given its class; there
+    is no guidance and no clipping.
+
+    Args:
+        levels: rising noise levels, (steps + 1,), as returned by `ode_levels`, between which Heun's method steps.
+        images, labels: (N, C, H, W) uint8, and one-hot (N, K) or None, on the network's device.
+
+    Returns:
+        "images", "steps", "total", and "standard_error" over images, random points and Hutchinson's estimate. On rank 0; None
+        on the others.
+    """
+
+    def compute(images: torch.Tensor, labels: torch.Tensor | None, noise: ImageNoise) -> Iterator[torch.Tensor]:
+        uniform = (1 + torch.erf(noise() / math.sqrt(2))) / 2  # the normal distribution function of normal noise
+        return log_density(denoiser, dequantize(images, uniform), levels, noise, labels)
+
+    steps = len(levels) - 1
+    rows = per_image(compute, steps, images, labels, batch_size, "likelihood by the ODE", world)
+    if rows is None:
+        return None
+    total, error = mean_and_error(bits_per_dimension(rows[-1], images[0].numel()))
+    print(f"Bits per dimension of {len(images):,} images, by the ODE in {steps} steps: {plus_minus(total, error)}")
+    return {"images": len(images), "steps": steps, "total": total, "standard_error": error}
+
+
+@torch.no_grad()
+def bound_bits(
+    denoiser: Denoiser,
+    config: Config,
+    chain: Chain,
+    images: torch.Tensor,
+    labels: torch.Tensor | None,
+    batch_size: int,
+    world: World,
+) -> dict | None:
+    """Return the variational bound of a chain on the bits per dimension of images, and print it by its terms.
+
+    A conditional network is given the classes; there is no guidance, and clipping only if the config's samples are clipped.
+
+    Args:
+        images, labels: (N, C, H, W) uint8, and one-hot (N, K) or None, on the network's device.
+
+    Returns:
+        "images", "timesteps", "variance", "prior", "terms" from the reconstruction on, "total", their sum, and
+        "standard_error". On rank 0; None on the others.
+    """
+    variance = config.sampler.variance
+    D = clipped(denoiser) if config.sampler.clip else denoiser
+
+    def compute(images: torch.Tensor, labels: torch.Tensor | None, noise: ImageNoise) -> Iterator[torch.Tensor]:
+        y = to_model_range(images).to(noise.dtype)
+        yield chain.like(y).prior_term(y)
+        yield from variational_bound(D, y, chain, noise, variance, labels)
+
+    rows = per_image(compute, len(chain) + 1, images, labels, batch_size, "variational bound", world)
+    if rows is None:
+        return None
+    total, error = mean_and_error(rows.sum(dim=0))
+    prior, *terms = rows.mean(dim=1).tolist()
+    terms.reverse()  # the bound starts with the noisiest timestep
+    steps = f"{len(chain)} of {config.chain.num_timesteps} timesteps"
+    print(f"Bits per dimension of {len(images):,} images, by the bound of {steps}, {variance}:")
+    parts = [("prior", prior)]
+    edges = [1 + (len(chain) - 1) * tenth // 10 for tenth in range(11)]
+    for low, high in reversed([pair for pair in pairwise(edges) if pair[0] < pair[1]]):
+        first, last = chain.timesteps[low].item(), chain.timesteps[high - 1].item()
+        parts.append((f"timesteps {first} to {last}" if first < last else f"timestep {first}", sum(terms[low:high])))
+    for name, value in [*parts, ("reconstruction", terms[0])]:
+        print(f"  {name:<24} {value:8.4f}")
+    print(f"  {'total':<24} {plus_minus(total, error)}")
+    return {
+        "images": len(images),
+        "timesteps": chain.timesteps.tolist(),
+        "variance": variance,
+        "prior": prior,
+        "terms": terms,
+        "total": total,
+        "standard_error": error,
+    }
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,177 @@
+"""From a checkpoint and seeds to images. Image i depends on seed i alone."""
+
+import argparse
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.nn.functional import one_hot
+from tqdm import tqdm
+
+from edm.precond import PreconditionedDenoiser
+from lab import checkpoint, pictures
+from lab import config as configs
+from lab.build import build_network, build_sampler
+from lab.cli import UserError
+from lab.config import Config
+from lab.data import to_uint8
+from lab.device import autocast
+from lab.distributed import World
+from lab.seeds import ImageNoise
+
+
+def with_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of every command that takes a checkpoint."""
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a diffusion-*.pt file, or a network of the authors")
+    parser.add_argument("--config_path", type=Path, help="the YAML config (default: the one that the checkpoint carries)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that this machine has)")
+
+
+def load_denoiser(
+    path: Path, config_path: Path | None, overrides: list[str], device: torch.device, world: World | None = None
+) -> tuple[Config, PreconditionedDenoiser, int]:
+    """Read a checkpoint; returns its config, its denoiser with the averaged weights, for evaluation, and its step.
+
+    Args:
+        path: the checkpoint.
+        config_path: the config to use instead of the one in the checkpoint.
+        overrides: "section.key=value" entries, which replace the config's.
+        device: where the denoiser goes.
+        world: rank 0 reads the file for all ranks.
+
+    Raises:
+        UserError: a bad checkpoint or config, or a config of another network.
+    """
+    contents = (world or World()).broadcast(lambda: checkpoint.load(path))
+    config = configs.load(config_path, overrides) if config_path else checkpoint.read_config(contents, path, overrides)
+    if "config" in contents:
+        own = checkpoint.read_config(contents, path)
+        if config.preconditioning.sigma_data == "auto":  # which training has measured
+            measured = f"preconditioning.sigma_data={own.preconditioning.sigma_data}"
+            config = configs.with_overrides(config, [measured], str(path))
+        check_chain(config, own, path)
+    if config.preconditioning.sigma_data == "auto":
+        raise UserError(f"preconditioning.sigma_data: {path} does not say what auto was measured to be; give the number")
+    denoiser = build_network(config, contents["ema"], path).to(device, memory_format=torch.channels_last)
+    return config, denoiser.eval().requires_grad_(False), contents["step"]
+
+
+def check_chain(config: Config, own: Config, path: Path) -> None:
+    """Raise a `UserError` if a network trained on a chain is to be used as one of another chain, which its weights would fit.
+
+    Args:
+        config: how the network is to be used.
+        own: how it was trained, as its checkpoint says.
+    """
+    formulation = own.preconditioning.formulation
+    if formulation in ("ddpm", "improved_ddpm") and (config.preconditioning.formulation, config.chain) != (
+        formulation,
+        own.chain,
+    ):
+        raise UserError(
+            f"the network in {path} was trained with preconditioning.formulation={formulation} chain.betas={own.chain.betas} "
+            f"chain.num_timesteps={own.chain.num_timesteps}, which cannot be changed"
+        )
+
+
+def class_labels(seeds: list[int], label_dim: int, class_index: int | None = None) -> torch.Tensor | None:
+    """Return one-hot labels (B, label_dim): of the given class, or of all classes in turn, seed by seed. None without classes."""
+    if not label_dim:
+        return None
+    return one_hot(torch.tensor([seed % label_dim if class_index is None else class_index for seed in seeds]), label_dim)
+
+
+def grid_columns(seeds: list[int], label_dim: int, class_index: int | None = None) -> int | None:
+    """Return the number of columns of a grid with one for each class, if the classes take turns; else None."""
+    in_turn = label_dim and all(seed % label_dim == index % label_dim for index, seed in enumerate(seeds))
+    return label_dim if in_turn and class_index is None and label_dim <= 20 else None
+
+
+def generate(
+    denoiser: PreconditionedDenoiser,
+    seeds: list[int],
+    config: Config,
+    device: torch.device,
+    batch_size: int,
+    precision: torch.dtype = torch.float32,
+    class_index: int | None = None,
+    num_frames: int = 1,
+    world: World | None = None,
+    title: str | None = "sampling",
+) -> Iterator[torch.Tensor]:
+    """Sample images, one for each seed.
+
+    Args:
+        denoiser: on `device`, in evaluation mode.
+        config: says how to sample.
+        batch_size: images at a time, on each rank.
+        precision: that of the network, from `autocast_dtype`.
+        class_index: the class of all images; by default all classes in turn.
+        num_frames: how many states of each image to return, about evenly spaced in the steps; the last is the sample.
+        world: the ranks that share the work. All of them call; only rank 0 gets images.
+        title: of the progress bar; None for no bar.
+
+    Yields:
+        (frames, B, C, H, W) uint8 on the CPU, batch after batch. Noisy states are scaled to the data's standard deviation.
+    """
+    world, sampler, num_steps = world or World(), build_sampler(config), config.sampler.sampling_steps
+    shape = (config.data.channels, config.data.resolution, config.data.resolution)
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    sigma_data = config.preconditioning.sigma_data
+    shown = {math.ceil((frame + 1) * num_steps / num_frames) for frame in range(num_frames)}  # after these steps
+    batch_size = min(batch_size, math.ceil(len(seeds) / world.size))
+    batch_size = math.ceil(len(seeds) / math.ceil(len(seeds) / batch_size))  # batches of about the same size
+    batches = [seeds[start : start + batch_size] for start in range(0, len(seeds), batch_size)]
+    rounds = [batches[start : start + world.size] for start in range(0, len(batches), world.size)]
+
+    def sample_batch(seeds: list[int], bar: tqdm) -> torch.Tensor:
+        noise = ImageNoise(seeds, shape, device, dtype)
+        labels = class_labels(seeds, config.network.label_dim, class_index)
+        frames = []
+        with torch.no_grad(), autocast(device, precision):
+            states = sampler(denoiser, noise(), labels if labels is None else labels.to(device), noise)
+            for step, state in enumerate(states, start=1):
+                if step in shown:
+                    scale = sigma_data / (state.sigma**2 + sigma_data**2) ** 0.5
+                    frames.append(to_uint8(state.x * scale).cpu())
+                bar.update()
+        return torch.stack(frames)
+
+    hidden = title is None or not world.is_first
+    with tqdm(total=len(rounds) * num_steps, desc=title, unit="step", leave=False, disable=hidden) as bar:
+        for batches in rounds:
+            frames = sample_batch(batches[world.rank], bar) if world.rank < len(batches) else None
+            yield from (part for part in world.gather(frames) if part is not None)
+
+
+def save_grid(
+    path: Path,
+    denoiser: PreconditionedDenoiser,
+    config: Config,
+    device: torch.device,
+    precision: torch.dtype,
+    world: World | None = None,
+) -> None:
+    """Write a grid of the config's `num_samples` samples, from seeds 0, 1, 2, ..., as a PNG file."""
+    seeds = list(range(config.sampler.num_samples))
+    batch_size = 4 * config.training.batch_size  # without gradients there is room for more than in training
+    batches = generate(denoiser, seeds, config, device, batch_size, precision, world=world)
+    images = [frames[-1] for frames in batches]
+    if images:  # on rank 0
+        pictures.save_image(path, pictures.grid(torch.cat(images), grid_columns(seeds, config.network.label_dim)))
+
+
+def export(source: Path, target: Path) -> None:
+    """Write a checkpoint for sampling only: the averaged weights in half precision, step, name and config.
+
+    Raises:
+        UserError: the source cannot be read, its weights do not fit its config, or the target cannot be written.
+    """
+    contents = checkpoint.load(source)
+    config = checkpoint.read_config(contents, source)
+    weights = build_network(config, contents["ema"], source).state_dict()
+    # What is small stays exact: biases, norms, and the frequencies of NCSN++, which half precision would change.
+    ema = {name: tensor.half() if tensor.ndim > 1 else tensor for name, tensor in weights.items()}
+    checkpoint.save(target, {"step": contents["step"], "name": config.name, "config": config.to_dict(), "ema": ema})
+    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")

@@ -1,0 +1,193 @@
+"""How images, reverse processes and curves are drawn. Images are uint8 (C, H, W) tensors, grey or colour."""
+
+import math
+import os
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lab.checkpoint import write_atomically
+from lab.cli import UserError
+from lab.data import to_pil
+
+if TYPE_CHECKING:  # slow to import, so each function that draws imports it
+    from matplotlib.figure import Figure
+
+
+def check_writable(path: Path) -> None:
+    """Raise a `UserError` if the file cannot be written. Its folder is created where it is missing."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"cannot write {path}: it is a folder, or in a folder without permission to write")
+
+
+def grid(images: torch.Tensor, columns: int | None = None) -> torch.Tensor:
+    """Return one image (3, H', W') of images (N, C, H, W) uint8 in reading order, with two black pixels around each.
+
+    Args:
+        columns: images in a row; None makes the grid about square.
+    """
+    from torchvision.utils import make_grid  # slow to import
+
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    return make_grid(images.expand(-1, 3, -1, -1), nrow=columns, padding=2)
+
+
+def save_image(path: Path, image: torch.Tensor) -> None:
+    """Write an image (1 or 3, H, W) uint8 as a PNG file."""
+    write_atomically(path, lambda file: to_pil(image).save(file, format="PNG"))
+
+
+def save_gif(path: Path, frames: list[torch.Tensor], milliseconds: int = 120, hold: int = 1500) -> None:
+    """Write frames, each (3, H, W) uint8, as an animated GIF file.
+
+    Args:
+        milliseconds: how long each frame but the last is shown.
+        hold: how long the last frame is shown, in milliseconds.
+    """
+    first, *others = map(to_pil, frames)
+    durations = [milliseconds] * len(others) + [hold]
+    options = {"save_all": True, "append_images": others, "duration": durations, "loop": 0}
+    write_atomically(path, lambda file: first.save(file, format="GIF", **options))
+
+
+def save_figure(path: Path, figure: "Figure", dpi: int = 100) -> None:
+    """Write a matplotlib figure as a PNG file."""
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
+
+
+def save_table(path: Path, images: torch.Tensor, rows: list[str], columns: list[str], title: str) -> None:
+    """Draw images in rows and columns at twice their size.
+
+    Args:
+        images: (R, K, C, H, W) uint8.
+        rows: the R rows' names.
+        columns: the K columns' names.
+        title: what the columns' names are, written above them.
+    """
+    from matplotlib.figure import Figure
+
+    table = grid(images.flatten(0, 1), columns=images.shape[1]).permute(1, 2, 0).numpy()
+    height, width = (2 * size / 100 for size in table.shape[:2])  # in inches of 100 pixels
+    figure = Figure(figsize=(width + 1.2, height + 0.7), layout="constrained", dpi=100)
+    axes = figure.add_subplot()
+    axes.imshow(table, interpolation="nearest")
+    for axis, names, size in ((axes.xaxis, columns, images.shape[4] + 2), (axes.yaxis, rows, images.shape[3] + 2)):
+        axis.set_ticks([1 + (place + 0.5) * size for place in range(len(names))], names, fontsize="small")
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, fontsize="small")
+    save_figure(path, figure)
+
+
+def save_trajectories(
+    path: Path,
+    sigma: list[float],
+    x: torch.Tensor,
+    denoised: torch.Tensor,
+    image: torch.Tensor,
+    row: int,
+    columns: list[int],
+) -> None:
+    """Draw trajectories of pixels over the noise level, beside the image with the pixels marked.
+
+    Args:
+        sigma: N falling noise levels.
+        x: (N, pixels), the noisy values.
+        denoised: (N, pixels), the values in the denoised image D(x; sigma).
+        image: (C, H, W) uint8.
+        row: the row that all pixels are in.
+        columns: the pixels' columns.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.4), layout="constrained", dpi=100)
+    left, middle, right = figure.subplots(1, 3, width_ratios=[2, 3, 3])
+    left.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
+    left.axis("off")
+    for place, column in enumerate(columns):
+        color = colormaps["turbo"]((place + 0.5) / len(columns))
+        left.plot(column, row, marker="o", markersize=6, markerfacecolor=color, markeredgecolor="white")
+        middle.plot(sigma, x[:, place].numpy(), color=color)
+        right.plot(sigma, denoised[:, place].numpy(), color=color)
+    pixels = "pixels" if len(image) == 1 else "pixels (red)"
+    middle.set(xlabel="noise level", title=f"{pixels} of x", xlim=(max(sigma), 0))
+    right.set(xlabel="noise level", title=f"{pixels} of the denoised image D(x)")
+    right.set_xscale("symlog", linthresh=min(level for level in sigma if level > 0))
+    right.set_xlim(max(sigma), 0)
+    for axes in (middle, right):
+        axes.grid(alpha=0.3)
+    save_figure(path, figure)
+
+
+def save_loss_curve(path: Path, steps: Sequence[int], records: torch.Tensor, edges: Sequence[float]) -> None:
+    """Draw the loss of each step, and running means over a fiftieth of the run, of all images and by noise level, on a
+    logarithmic scale.
+
+    Args:
+        steps: the numbers of the N steps.
+        records: (N, 2 + edges), the loss of all images, and of those in each band of noise levels; nan where there are none.
+        edges: the rising noise levels between the bands.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    window = max(len(records) // 50, 1)
+    means = running_means(records.double(), window)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="training step", ylabel="loss, summed over pixels", yscale="log")
+    axes.plot(steps, records[:, 0], color="gray", alpha=0.25, linewidth=0.6, label="each step")
+    names = [f"sigma below {edges[0]:g}", *(f"{low:g} to {high:g}" for low, high in pairwise(edges)), f"above {edges[-1]:g}"]
+    for band, name in enumerate(names, start=1):
+        color = colormaps["viridis"](band / len(names))
+        axes.plot(steps[window - 1 :], means[:, band], color=color, linewidth=1, label=name)
+    axes.plot(steps[window - 1 :], means[:, 0], color="black", label=f"mean of {window} steps")
+    axes.grid(alpha=0.3)
+    axes.legend(ncols=2, fontsize="small")
+    save_figure(path, figure, dpi=110)
+
+
+def running_means(records: torch.Tensor, window: int) -> torch.Tensor:
+    """Return the mean of the finite numbers in each `window` successive rows of (N, K): (N - window + 1, K)."""
+    finite = records.isfinite()
+    parts = torch.where(finite, records, 0), finite.to(records.dtype)
+    sums, counts = (torch.cat([part.new_zeros(1, part.shape[1]), part.cumsum(dim=0)]) for part in parts)
+    return (sums[window:] - sums[:-window]) / (counts[window:] - counts[:-window])
+
+
+def save_sweep(path: Path, curves: dict[str, list[tuple]], churn: list[tuple], floor: float, ylabel: str) -> None:
+    """Draw a distance over the number of network evaluations, one curve for each sampler, and over S_churn.
+
+    Args:
+        curves: (evaluations, distance) pairs of each sampler.
+        churn: (S_churn, distance) pairs.
+        floor: the distance of real images, drawn as a dashed line.
+        ylabel: what the distance is.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+    for name, points in curves.items():
+        if points:
+            left.plot(*zip(*points), marker="o", label=name)
+    left.set(xlabel="network evaluations per image", ylabel=ylabel, xscale="log", yscale="log")
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.xaxis.set_major_formatter("{x:g}")
+    left.xaxis.set_minor_formatter("")
+    right.plot(*zip(*churn), marker="o", color="tab:purple", label="heun with churn")
+    right.set(xlabel="S_churn")
+    for axes in (left, right):
+        axes.axhline(floor, color="gray", linestyle="--", label="as many real images")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    save_figure(path, figure, dpi=110)

@@ -1,0 +1,369 @@
+"""A training run's folder, record and signals: how it starts, goes on after an interruption, and ends."""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from edm.loss import NOISE_BANDS, NUM_BANDS
+from lab import checkpoint, pictures
+from lab.checkpoint import checkpoint_path, saved_steps, write_atomically
+from lab.cli import UserError, brief
+from lab.config import Config
+from lab.distributed import World
+from lab.learner import Learner
+
+# Entries that make another function of the same weights, and entries that have no influence on training.
+BREAKING = ("network.", "data.resolution", "data.channels", "preconditioning.", "chain.")
+FREE = ("training.num_training_steps", "training.save_and_sample_every_n", "data.root", "data.max_resident_mb")
+
+
+class Run:
+    """A run in its folder: checkpoints, sample grids, `metrics.jsonl` and `loss.png`. Rank 0 alone writes.
+
+    As a context it locks the folder, so that no second run trains in it, and lets SIGINT, SIGTERM and SIGHUP end the run after
+    the current step; a second signal ends it at once.
+
+    Args:
+        path: the folder.
+        config: the run.
+        world: the processes of the run.
+    """
+
+    def __init__(self, path: Path, config: Config, world: World):
+        self.path, self.config, self.world = path, config, world
+        self.lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+        self.signum, self.stopping = 0, False
+        self.began = time.monotonic()
+
+    def __enter__(self) -> "Run":
+        self.world.broadcast(self.acquire)
+        self.handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, *SIGHUP)}
+        for number, handler in self.handlers.items():
+            if handler is not signal.SIG_IGN or number == signal.SIGINT:  # nohup ignores SIGHUP; "&" in a script, SIGINT
+                signal.signal(number, self.on_signal)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        self.lock.release()
+
+    def acquire(self) -> None:
+        """Lock the folder, and delete what a killed run left half written.
+
+        Raises:
+            UserError: another run holds it, or it cannot be written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire()
+            for leftover in self.path.glob(".*.tmp"):
+                leftover.unlink()
+        except filelock.Timeout:
+            raise UserError(
+                f"another run is training in {self.path}; wait for it, stop it, or choose another --output_dir"
+            ) from None
+        except OSError as error:
+            raise UserError(f"cannot write to {self.path}: {error.strerror or error}") from None
+
+    def on_signal(self, signum: int, frame: object) -> None:
+        """Ask the run to stop after this step; the second time end the process at once."""
+        now = time.monotonic()
+        if self.signum and now > self.asked + 0.5:  # torchrun and timeout send the same signal twice
+            os._exit(128 + signum)
+        if not self.signum:
+            self.signum, self.asked = signum, now
+            if signum in SIGHUP:  # the terminal is gone: what is printed from now on goes nowhere
+                for descriptor in (1, 2):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            if self.world.is_first:  # print must not be used in the middle of another print
+                os.write(2, b"\nStopping after this step; once more to stop at once.\n")
+
+    # How a run starts
+
+    def start(self, learner: Learner, resume_from: str | None, weights_from: str | None, overwrite: bool) -> int:
+        """Load the state to go on from, or the weights to start with, and claim the folder.
+
+        Args:
+            resume_from: a checkpoint, or "latest": the newest whole one of the folder.
+            weights_from: a checkpoint whose averaged weights a new run starts with.
+            overwrite: move the folder of an earlier run aside.
+
+        Returns:
+            The step that is already done; 0 for a new run.
+
+        Raises:
+            UserError: the checkpoint does not fit or is damaged, or the folder holds another run.
+        """
+        contents = self.world.broadcast(lambda: self.claim_folder(learner, resume_from, weights_from, overwrite))
+        if not self.world.is_first and "net" in contents:
+            learner.load_state_dict(contents, self.path)
+        elif not self.world.is_first and contents:
+            learner.load_weights(contents["ema"], self.path)
+        step = contents.get("step", 0)
+        if step > self.config.training.num_training_steps:
+            raise UserError(f"the run is at step {step} already; ask for more with --num_training_steps")
+        self.log = LossLog(self.path / "metrics.jsonl" if self.world.is_first else None, self.config, contents)
+        return step
+
+    def claim_folder(self, learner: Learner, resume_from: str | None, weights_from: str | None, overwrite: bool) -> dict:
+        """Load rank 0's learner and make the folder this run's own; returns what the other ranks have to load."""
+        key = f"started in {self.path}"  # torchrun starts the same command again after a crash: then go on
+        if self.world.started(key) is not None and saved_steps(self.path):
+            resume_from, overwrite = "latest", False
+        goes_on_here = resume_from == "latest" or (
+            resume_from is not None and Path(resume_from).resolve().parent == self.path.resolve()
+        )
+        others = [] if goes_on_here else saved_steps(self.path)
+        if others and not overwrite:
+            raise UserError(
+                f"{self.path} holds the checkpoints of another run: go on from the last one with --resume_from latest, "
+                f"or move them aside with --overwrite ({checkpoint_path(self.path, others[-1])})"
+            )
+        if resume_from is not None:
+            contents = self.resume(learner, resume_from)
+        elif weights_from is not None:
+            contents = {"ema": checkpoint.load(weights_from)["ema"]}
+            learner.load_weights(contents["ema"], weights_from)
+        else:
+            contents = {}
+        if others:
+            aside = unused(self.path.with_name(f"{self.path.name}.old"))
+            self.path.rename(aside)
+            self.path.mkdir()
+            print(f"Moved the earlier run to {aside}")
+        for later in [step for step in saved_steps(self.path) if step > contents.get("step", 0)]:
+            path = checkpoint_path(self.path, later)  # of a run that this one goes on from an earlier step of
+            path.rename(unused(path.with_name(f"{path.name}.old")))
+            print(f"Renamed {path} to {path.name}.old")
+        self.world.mark_started(key, contents.get("step", 0))
+        return contents
+
+    def resume(self, learner: Learner, resume_from: str) -> dict:
+        """Load the named checkpoint into the learner, or the newest one that is not damaged; returns its contents."""
+        latest = resume_from == "latest"
+        paths = [checkpoint_path(self.path, step) for step in reversed(saved_steps(self.path))] if latest else [resume_from]
+        for path in paths:
+            try:
+                contents = checkpoint.load(path)
+                changed = differences(checkpoint.read_config(contents, path), self.config)
+                breaking = [entry for entry in changed if entry.startswith(BREAKING) and not entry.startswith("network.dropout")]
+                if not breaking:
+                    learner.load_state_dict(contents, path)
+            except UserError as error:
+                if not latest:
+                    raise
+                print(f"{error}; trying the one before it")
+                continue
+            if breaking:
+                raise UserError(f"no run can go on from {path} with another {', '.join(breaking)}")
+            print(f"Going on from {path}" + (f", though with another {', '.join(changed)}" if changed else ""))
+            return contents
+        raise UserError(f"--resume_from latest: {self.path} has no whole checkpoint; leave the option out to start a new run")
+
+    # What a run writes
+
+    @property
+    def loss_curve(self) -> Path:
+        return self.path / "loss.png"
+
+    def grid(self, step: int) -> Path:
+        """Return the path of the sample grid of a step."""
+        return self.path / f"sample-{step}.png"
+
+    def is_due(self, step: int) -> bool:
+        """Return whether a checkpoint and a sample grid are due after this step."""
+        training = self.config.training
+        return step > 0 and (step % training.save_and_sample_every_n == 0 or step == training.num_training_steps)
+
+    def lacks_grid(self, step: int) -> bool:
+        """Return whether the run was stopped between the checkpoint and the sample grid of this step."""
+        return self.world.broadcast(lambda: self.is_due(step) and not self.grid(step).exists())
+
+    def steps(self, first: int) -> Iterator[int]:
+        """Yield the numbers of the steps after the first, with a progress bar, until the last one or until the run is to stop."""
+        last = self.config.training.num_training_steps
+        options = {"unit": "step", "mininterval": 0.5, "disable": not self.world.is_first}
+        with tqdm(desc=self.config.name, initial=first, total=last, **options) as self.bar:
+            for step in range(first + 1, last + 1):
+                yield step
+                if self.stopping:
+                    return
+
+    def record(self, losses: torch.Tensor) -> None:
+        """Record the loss of a step and those by noise level, (1 + NUM_BANDS,), and agree with all ranks whether to stop."""
+        self.log.add(losses)
+        if self.bar.update():  # the bar is being redrawn: only then are the losses fetched from the device
+            self.log.flush()
+            rate = (self.bar.format_dict["rate"] or 0) * self.config.training.batch_size
+            self.bar.set_postfix_str(f"loss {self.log.mean():.1f}, {rate:.0f} images/s")
+        self.signum = self.world.all_reduce_max(self.signum)
+        self.stopping = self.world.all_reduce_max(self.signum > 0 or self.log.has_diverged()) > 0
+
+    def save(self, step: int, learner: Learner) -> None:
+        """Write the checkpoint of a step, delete those that are not to be kept, and draw the loss curve.
+
+        Raises:
+            UserError: the run has diverged, or the checkpoint cannot be written.
+        """
+        self.log.flush()
+        self.world.broadcast(lambda: self.write(step, learner))
+
+    def write(self, step: int, learner: Learner) -> None:
+        if self.log.has_diverged():
+            steps = saved_steps(self.path)
+            kept = f"the last checkpoint is {checkpoint_path(self.path, steps[-1])}" if steps else "nothing was saved yet"
+            raise UserError(
+                f"the run has diverged at step {step}: most of the last losses are not finite, or above {self.log.limit:,.0f}; try "
+                f"a lower training.learning_rate, more training.lr_rampup_images or training.max_grad_norm=1 ({kept})"
+            )
+        losses = torch.tensor(self.log.records, dtype=torch.float64).view(-1, 1 + NUM_BANDS)
+        contents = {"step": step, "name": self.config.name, "config": self.config.to_dict(), "losses": losses}
+        checkpoint.save(checkpoint_path(self.path, step), contents | learner.state_dict())
+        keep = self.config.checkpoint
+        if keep.keep_last and not self.log.has_exploded():
+            for old in saved_steps(self.path)[: -keep.keep_last]:
+                if not keep.keep_every_n or old % keep.keep_every_n:
+                    checkpoint_path(self.path, old).unlink(missing_ok=True)
+        pictures.save_loss_curve(self.loss_curve, self.log.steps, losses, NOISE_BANDS)
+
+    def finish(self, first_step: int, step: int) -> None:
+        """Print where everything is and what to do next; after a signal, the command that goes on, and exit with 128 + signal."""
+        if self.signum:
+            print(f"Stopped after step {step}. To go on:\n  {command_to_resume(sys.argv)}", flush=True)
+            raise SystemExit(128 + self.signum)
+        path, count = checkpoint_path(self.path, step), self.config.sampler.num_samples
+        more = "" if step > first_step else " Ask for more with --num_training_steps."
+        print(
+            f"Done: {step - first_step} steps in {(time.monotonic() - self.began) / 60:.1f} minutes.{more}\n"
+            f"  samples     {self.grid(step)}\n"
+            f"  checkpoint  {path}\n"
+            f"  losses      {self.loss_curve}, {self.log.path}\n"
+            f"Next: python sample.py --checkpoint {shlex.quote(str(path))} --num_samples {count} --gif"
+        )
+
+
+SIGHUP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # Windows has none
+
+
+class LossLog:
+    """The losses of all steps, and their file `metrics.jsonl`, one line for each step.
+
+    Losses stay on the device until `flush` fetches them together, so that no training step waits for them.
+
+    Args:
+        path: the file, which is written anew from the losses so far; None to keep them without a file.
+        config: the run.
+        contents: of the checkpoint that the run goes on from, or {}.
+    """
+
+    def __init__(self, path: Path | None, config: Config, contents: dict):
+        self.path, self.batch_size = path, config.training.batch_size
+        self.pending: list[torch.Tensor] = []
+        self.records: list[list[float]] = contents.get("losses", torch.zeros(0)).tolist()
+        self.first_step = contents.get("step", 0) - len(self.records) + 1
+        self.untrained = config.data.channels * config.data.resolution**2  # about 1 for each pixel
+        if path:
+            write_atomically(path, lambda file: file.write(self.lines(0).encode()))
+
+    @property
+    def steps(self) -> range:
+        """The steps whose losses are known."""
+        return range(self.first_step, self.first_step + len(self.records))
+
+    @property
+    def limit(self) -> float:
+        """A loss far above any that training starts with."""
+        first = [record[0] for record in self.records[:1] if math.isfinite(record[0])]
+        return 100 * max(self.untrained, *first, 0)
+
+    def add(self, losses: torch.Tensor) -> None:
+        """Note the losses of the next step, (1 + NUM_BANDS,), on any device."""
+        self.pending.append(losses)
+
+    def flush(self) -> None:
+        """Fetch the pending losses and append them to the file."""
+        known = len(self.records)
+        if self.pending:
+            self.records += torch.stack(self.pending).tolist()
+            self.pending.clear()
+        if self.path:
+            try:
+                with open(self.path, "a") as file:
+                    file.write(self.lines(known))
+            except OSError as error:
+                raise UserError(f"cannot write {self.path}: {error.strerror}") from None
+
+    def lines(self, start: int) -> str:
+        """Return the lines of the file from the given index on."""
+        lines = []
+        for step, record in zip(self.steps[start:], self.records[start:]):
+            loss, *bands = (number if math.isfinite(number) else None for number in record)  # JSON has neither nan nor inf
+            lines.append(json.dumps({"step": step, "images": step * self.batch_size, "loss": loss, "by_noise_level": bands}))
+        return "".join(line + "\n" for line in lines)
+
+    def mean(self) -> float:
+        """Return the mean loss of the latest 100 steps."""
+        latest = [record[0] for record in self.records[-100:]]
+        return sum(latest) / max(len(latest), 1)
+
+    def exploded(self) -> list[bool]:
+        """Return for each of the latest 10 losses whether it is above the limit or not finite."""
+        return [not record[0] <= self.limit for record in self.records[-10:]]
+
+    def has_exploded(self) -> bool:
+        return any(self.exploded())
+
+    def has_diverged(self) -> bool:
+        """Return whether most of the latest losses have exploded. One alone may be an fp16 overflow, which the scaler mends."""
+        exploded = self.exploded()
+        return sum(exploded) > len(exploded) / 2
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Return the entries that matter for training and differ, such as "training.seed (0, now 1)"."""
+    old, new = old.to_dict(), new.to_dict()
+    entries = [(section, key) for section in old if section not in ("sampler", "checkpoint") for key in old[section]]
+    return [
+        f"{section}.{key} ({brief(old[section][key])}, now {brief(new[section][key])})"
+        for section, key in entries
+        if old[section][key] != new[section][key] and f"{section}.{key}" not in FREE
+    ]
+
+
+def unused(path: Path) -> Path:
+    """Return the path, with a number appended if something has that name."""
+    number = 2
+    candidate = path
+    while candidate.exists():
+        candidate = path.with_name(f"{path.name}{number}")
+        number += 1
+    return candidate
+
+
+def command_to_resume(argv: list[str]) -> str:
+    """Return the command line that goes on with the run which this one started."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume_from")
+    parser.add_argument("--load_model_weights_from_checkpoint")
+    parser.add_argument("--overwrite", action="store_true")
+    kept = parser.parse_known_args(argv[1:])[1]
+    program = ["python"]
+    if dist.is_torchelastic_launched():
+        local_size, size = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+        program = ["torchrun", f"--nproc_per_node={local_size}"]
+        program += [f"--nnodes={size // local_size}"] if size > local_size else []
+    return shlex.join([*program, argv[0], "--resume_from", "latest", *kept])
