@@ -1,7 +1,6 @@
 """Train a diffusion model as a config says: by default EDM on MNIST, with configs/edm.yaml."""
 
 import argparse
-import contextlib
 from itertools import repeat
 from pathlib import Path
 
@@ -9,11 +8,11 @@ import torch
 from torch.nn.functional import one_hot
 
 from edm.augment import augment
-from edm.loss import NOISE_BANDS, by_noise_level, squared_error
+from edm.loss import squared_error
 from lab.build import build_chain_loss, build_sampler, build_weighting
 from lab.cli import Parser, UserError, run_script
-from lab.config import Config, load, with_overrides
-from lab.data import batches, open_dataset, root_mean_square, to_model_range
+from lab.config import Config, load
+from lab.data import batches, open_dataset, to_model_range, with_measured_sigma_data
 from lab.device import autocast, explain_out_of_memory
 from lab.distributed import World, distributed
 from lab.generate import save_grid
@@ -28,14 +27,14 @@ def main() -> None:
     config = load(args.config_path, [*args.overrides, *flags])
     advice = (
         f"lower training.batch_size (now {config.training.batch_size}), raise training.accumulation (now "
-        f"{config.training.accumulation}) or choose fp16 or bf16 for training.mixed_precision (now {config.training.mixed_precision})"
+        f"{config.training.accumulation}), or choose training.mixed_precision=fp16 or bf16"
     )
     with distributed(args.device) as (device, world), explain_out_of_memory(advice):
         train(config, args, device, world)
 
 
 def train(config: Config, args: argparse.Namespace, device: torch.device, world: World) -> None:
-    """Train on the device, together with the other ranks of `world`; everything is written to the run's folder.
+    """Train on the device, together with the other ranks of `world`. Everything is written to the run's folder.
 
     Raises:
         UserError: something that a person can mend.
@@ -44,86 +43,75 @@ def train(config: Config, args: argparse.Namespace, device: torch.device, world:
     training, batch_size, label_dim = config.training, config.training.batch_size, config.network.label_dim
     if batch_size < world.size:
         raise UserError(f"training.batch_size: {batch_size} images cannot be divided between {world.size} processes")
+    dataset = world.rank_zero_first(lambda: open_dataset(config))
+    config = with_measured_sigma_data(config, dataset)
     with Run(args.output_dir / "image" / config.data.dataset / config.name, config, world) as run:
-        dataset = world.rank_zero_first(lambda: open_dataset(config))
-        if config.preconditioning.sigma_data == "auto":
-            config = run.config = with_overrides(
-                config, [f"preconditioning.sigma_data={root_mean_square(dataset)}"], "the measured sigma_data"
-            )
-        build_sampler(config)  # an impossible one is refused now, not at the first sample grid
-        weighting, chain_loss = build_weighting(config), build_chain_loss(config)
-        learner = Learner(config, device)  # the denoiser D (Eq. 7), its average, Adam
-        noise_distribution, ema, scaler = learner.noise_distribution, learner.ema, learner.scaler
+        build_sampler(config)  # refuses an impossible one now, not at the first sample grid
+        weighting = build_weighting(config)  # lambda(sigma)
+        chain_loss = build_chain_loss(config)  # None, except for Improved DDPM
+        learner = Learner(config, device)
+        net = world.wrap(learner.net)  # the denoiser D(x; sigma) (Eq. 7); its gradients are averaged over the ranks
+        ema = learner.ema  # the moving average of its weights, which all samples come from
+        noise_distribution = learner.noise_distribution  # where sigma is drawn from
         first_step = run.start(learner, args.resume_from, args.load_model_weights_from_checkpoint, args.overwrite)
-        net = world.wrap(learner.net)  # averages the gradients over the ranks
-        shard = world.shard(batch_size)  # the part of each batch that this rank computes
-        noise_bands = torch.tensor(NOISE_BANDS, device=device)
-        step = first_step
-        print(
-            f"{config.name}: {sum(p.numel() for p in learner.net.parameters()) / 1e6:.2f} M parameters, {len(dataset):,} images of "
-            f"{config.data.dataset}, on {f'{world.size} x ' * (world.size > 1)}{device} in "
-            f"{str(learner.precision).removeprefix('torch.')}, to {run.path}"
-        )
-
-        def draw_samples() -> None:
-            save_grid(run.grid(step), ema.net, config, device, learner.precision, world)
-
+        run.announce(learner, len(dataset), device)
         if run.lacks_grid(first_step):
-            draw_samples()
-        stream = contextlib.closing(batches(dataset, config, first_step, device, world))
-        with stream as stream:
-            for step in run.steps(first_step):
-                images, labels = next(stream)
+            save_grid(run.grid(first_step), ema.net, config, device, learner.precision, world)
 
-                # Draw: everything random depends on the seed and the step alone, and is drawn for the batch of all ranks.
-                generator = generator_for(training.seed, "step", step, device=device)
-                torch.manual_seed(seed_for(training.seed, "dropout", step) + shard.start)
-                y, augment_labels = to_model_range(images), None
-                if config.network.augment_dim:
-                    y, augment_labels = augment(y, config.data.augment_probability, generator, batch_size, shard)
-                y = y.contiguous(memory_format=torch.channels_last)
-                sigma = noise_distribution.sample(batch_size, generator)[shard]
-                n = torch.randn(batch_size, *y.shape[1:], generator=generator, device=device)[shard] * sigma[:, None, None, None]
-                labels = one_hot(labels, label_dim) if label_dim else None
-                if label_dim:  # hide some, so that the network also learns the unconditional denoiser
-                    shown = torch.rand(batch_size, generator=generator, device=device)[shard] >= config.loss.label_dropout
-                    labels = labels * shown[:, None]
-                importance = noise_distribution.importance(sigma)  # 1, unless noise levels are drawn by importance
+        shard = world.shard(batch_size)  # the part of every batch that this rank computes
+        stream = batches(dataset, config, first_step, device, world)
+        step = first_step
+        for step in run.steps(first_step):
+            images, labels = next(stream)
 
-                # Compute: lambda(sigma) |D(y + n; sigma) - y|^2, averaged over the batch, and its gradient.
-                batch, seen = (y, n, sigma, weighting(sigma), importance, labels, augment_labels), []
-                parts = list(split(batch, training.accumulation))
-                for part in parts:
-                    y, n, sigma, weight, importance, labels, augment_labels = part
-                    with world.no_sync(net, last=part is parts[-1]), autocast(device, learner.precision):
-                        if chain_loss is None:
-                            D = net(y + n, sigma, labels, augment_labels)
-                            loss = weight * squared_error(D, y)  # Eq. 8
-                        else:  # Improved DDPM, which learns a variance too
-                            loss = chain_loss(net, y, n, sigma, weight, labels=labels, augment_labels=augment_labels)
-                        mean = (importance * loss).sum() / batch_size
-                        scaler.scale(mean * world.size).backward()
-                    seen.append(torch.stack([sigma, importance, loss.detach()]))
+            # Draw. All draws are for the whole batch, and depend on the seed and the step alone.
+            generator = generator_for(training.seed, "step", step, device=device)
+            torch.manual_seed(seed_for(training.seed, "dropout", step) + shard.start)
+            y, augment_labels = to_model_range(images), None
+            if config.network.augment_dim:
+                y, augment_labels = augment(y, config.data.augment_probability, generator, batch_size, shard)
+            y = y.contiguous(memory_format=torch.channels_last)
+            sigma = noise_distribution.sample(batch_size, generator)[shard]
+            n = sigma[:, None, None, None] * torch.randn(batch_size, *y.shape[1:], generator=generator, device=device)[shard]
+            importance = noise_distribution.importance(sigma)  # 1, unless timesteps are drawn by importance
+            labels = one_hot(labels, label_dim) if label_dim else None
+            if label_dim:  # hide some labels, so that the network also learns to denoise without them, for guidance
+                is_shown = torch.rand(batch_size, generator=generator, device=device)[shard] >= config.loss.label_dropout
+                labels = labels * is_shown[:, None]
 
-                # Update: the weights by Adam, then their moving average, which all samples come from.
-                learner.optimizer_step(step * batch_size)
-                ema.update(step * batch_size, batch_size)
+            # Compute the loss, its mean over the batch, and the gradient; part by part, to save memory.
+            batch, seen = (y, n, sigma, weighting(sigma), importance, labels, augment_labels), []
+            parts = split(batch, training.accumulation)
+            for part in parts:
+                y, n, sigma, weight, importance, labels, augment_labels = part
+                with world.no_sync(net, last=part is parts[-1]), autocast(device, learner.precision):
+                    if chain_loss is None:
+                        D = net(y + n, sigma, labels, augment_labels)
+                        loss = weight * squared_error(D, y)  # lambda(sigma) |D(y + n; sigma) - y|^2 (Eq. 8)
+                    else:
+                        loss = chain_loss(net, y, n, sigma, weight, labels=labels, augment_labels=augment_labels)
+                    mean = (importance * loss).sum() / batch_size
+                    learner.scaler.scale(mean * world.size).backward()
+                seen.append(torch.stack([sigma, importance, loss.detach()]))
 
-                # Record the losses; write a checkpoint and a sample grid every so often, and a checkpoint when asked to stop.
-                sigma, importance, loss = world.all_gather(list(torch.cat(seen, dim=1)), batch_size)
-                noise_distribution.update(sigma, loss)
-                mean = (importance * loss).mean()
-                run.record(torch.cat([mean[None], by_noise_level(loss, sigma, importance, noise_bands)]))
-                if run.is_due(step) or run.stopping:
-                    run.save(step, learner)
-                if run.is_due(step) and not run.stopping:
-                    draw_samples()
+            # Update the weights by Adam, then their average.
+            learner.optimizer_step(step * batch_size)
+            ema.update(step * batch_size, batch_size)
+
+            # Record the loss. Every so often, and when asked to stop, write a checkpoint; every so often, draw samples.
+            sigma, importance, loss = world.all_gather(list(torch.cat(seen, dim=1)), batch_size)
+            noise_distribution.update(sigma, loss)
+            run.record(loss, sigma, importance)
+            if run.is_due(step) or run.stopping:
+                run.save(step, learner)
+            if run.is_due(step) and not run.stopping:
+                save_grid(run.grid(step), ema.net, config, device, learner.precision, world)
         run.finish(first_step, step)
 
 
-def split(batch: tuple[torch.Tensor | None, ...], number: int):
-    """Split the tensors of a batch into `number` parts, each a tuple; None stays None."""
-    return zip(*(repeat(None) if tensor is None else tensor.chunk(number) for tensor in batch))
+def split(batch: tuple[torch.Tensor | None, ...], number: int) -> list[tuple[torch.Tensor | None, ...]]:
+    """Split the tensors of a batch into `number` parts; what is None is None in every part."""
+    return list(zip(*(repeat(None) if tensor is None else tensor.chunk(number) for tensor in batch)))
 
 
 FLAGS = {  # flags that stand for entries of the config

@@ -6,9 +6,9 @@ papers count from 1) is
     x_t = sqrt(alpha_bar_t) y + sqrt(1 - alpha_bar_t) epsilon = s_t (y + sigma_t epsilon),
     s_t = sqrt(alpha_bar_t),  sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t)
 
-so x_t / s_t is an image with noise of standard deviation sigma_t, and a network that predicts epsilon is a denoiser at the noise
-levels sigma_t (`precond.iDDPMPreconditioning` with `Chain.levels`). The variational bound is in bits per dimension, for
-8-bit images in [-1, 1].
+so x_t / s_t is an image with noise of standard deviation sigma_t, and a network that predicts epsilon is a denoiser at the
+noise levels sigma_t (`precond.iDDPMPreconditioning` with `Chain.levels`). The variational bound is in bits per dimension,
+for 8-bit images in [-1, 1].
 """
 
 import copy
@@ -24,7 +24,7 @@ from edm.schedule import NoiseLevels, evenly_spaced, iddpm_levels
 
 
 def linear_betas(num_timesteps: int) -> torch.Tensor:
-    """Return DDPM's variances of the T steps, (T,): from 1e-4 to 0.02 for T = 1000, scaled by 1000 / T for others (H, Section 4)."""
+    """Return DDPM's variances of the T steps, (T,): from 1e-4 to 0.02, times 1000 / T (H, Section 4)."""
     scale = 1000 / num_timesteps
     return torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64)
 
@@ -225,9 +225,7 @@ def ancestral(
         yield State(x / scale[index], sigma[index], denoised)
 
 
-def ddim(
-    denoiser: Denoiser, latents: torch.Tensor, chain: Chain, labels: torch.Tensor | None = None
-) -> Iterator[State]:
+def ddim(denoiser: Denoiser, latents: torch.Tensor, chain: Chain, labels: torch.Tensor | None = None) -> Iterator[State]:
     """Sample with DDIM (Song et al., 2021, arXiv 2010.02502, Eq. 12 without noise): keep the predicted noise between timesteps.
 
     This is Euler's method with sigma(t) = t. Arguments and states are those of `ancestral`.

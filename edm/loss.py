@@ -42,7 +42,7 @@ WEIGHTINGS = {"edm": edm_weight, "vp": inverse_variance, "ve": inverse_variance,
 
 
 class NoiseDistribution:
-    """The base of the noise distributions: each has `sample(batch_size, generator)`, noise levels (B,) on the generator's device.
+    """The base of the noise distributions. Each has `sample(batch_size, generator)`, which draws noise levels (B,).
 
     The methods below are for a distribution that learns from the losses which noise levels to draw
     (`ddpm_loss.ImportanceSampledTimesteps`); for all others they do nothing.

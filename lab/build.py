@@ -124,7 +124,9 @@ def build_chain_loss(config: Config) -> VariationalLoss | None:
     if config.preconditioning.formulation != "improved_ddpm":
         raise UserError(f"loss.objective: {objective} teaches a variance; it needs preconditioning.formulation=improved_ddpm")
     if config.loss.noise_distribution not in ("ddpm", "importance"):
-        raise UserError(f"loss.objective: {objective} needs the timesteps of a chain: loss.noise_distribution ddpm or importance")
+        raise UserError(
+            f"loss.objective: {objective} needs the timesteps of a chain: loss.noise_distribution ddpm or importance"
+        )
     return {"hybrid": HybridLoss, "vlb": VariationalLoss}[objective](build_chain(config))
 
 
@@ -144,7 +146,9 @@ def build_sampler(config: Config) -> Callable[..., Iterator[State]]:
     else:
         sigma_steps, schedule = sampling_plan(config)
 
-    def run(net: PreconditionedDenoiser, latents: torch.Tensor, labels: torch.Tensor | None, noise: Callable) -> Iterator[State]:
+    def run(
+        net: PreconditionedDenoiser, latents: torch.Tensor, labels: torch.Tensor | None, noise: Callable
+    ) -> Iterator[State]:
         denoiser = with_guidance_and_clipping(net, config)
         if options.solver == "ancestral":
             return ancestral(denoiser, latents, chain, noise, options.variance, labels)

@@ -112,3 +112,6 @@ def run_script(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout once more when it exits
         raise SystemExit(141) from None
+    finally:
+        if dist.is_initialized() and dist.get_backend() == "gloo":
+            dist.destroy_process_group()  # otherwise gloo's threads sometimes abort the process while it exits

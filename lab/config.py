@@ -196,12 +196,14 @@ def read_file(path: Path, above: tuple[Path, ...]) -> dict:
         hint = f"; {nearest(str(path), beside)}" if beside and not os.path.exists(path) else ""
         by = f" (the base of {above[-1]})" if above else ""
         raise UserError(f"cannot read the config {path}{by}: {reason}{hint}") from None
-    values = {} if values is None else check_sections(values, str(path))
-    base = values.pop("base", None)
+    base = values.pop("base", None) if isinstance(values, dict) else None
+    values = check_sections({} if values is None else values, str(path))
     if base is None:
         return values
-    beside = path.parent / str(base)
-    base = beside if beside.exists() or not (CONFIGS / str(base)).exists() else CONFIGS / str(base)
+    if not isinstance(base, str) or not base.isprintable():
+        raise UserError(f"{path}: base: must be the name of a file, not {brief(base)}")
+    beside, shipped = path.parent / base, CONFIGS / base
+    base = shipped if os.path.exists(shipped) and not os.path.exists(beside) else beside
     if base.resolve() in [path.resolve(), *(other.resolve() for other in above)]:
         raise UserError(f"{path}: base: {base} is based on this file in turn")
     merged = read_file(base, (*above, path))
@@ -214,7 +216,7 @@ class StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value]
         for key, _ in node.value:
-            if not isinstance(key.value, str) or keys.count(key.value) > 1:
+            if keys.count(key.value) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"{brief(key.value)} is given twice", key.start_mark)
         return super().construct_mapping(node, deep)
 
@@ -227,7 +229,7 @@ def parse_yaml(text: str, source: str) -> object:
     """
     try:
         return yaml.load(text, StrictLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML raises the last two for odd dates and deep nests
+    except Exception as error:  # odd numbers, dates, tags and nests make PyYAML raise anything
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{source}{line}: not valid YAML: {getattr(error, 'problem', None) or 'unreadable'}") from None
@@ -242,11 +244,14 @@ def check_sections(values: object, source: str) -> dict:
     if not isinstance(values, dict):
         raise UserError(f"{source}: a config is a mapping of sections ({', '.join(SECTIONS)}), not {brief(values)}")
     for section, entries in values.items():
-        if section not in SECTIONS and section != "base":
+        if section not in SECTIONS:
             raise UserError(f"{source}: unknown section {brief(section)}; {nearest(brief(section), SECTIONS)}")
-        if section in SECTIONS and not isinstance(entries, dict | None):
+        if not isinstance(entries, dict | None):
             raise UserError(f"{source}: {section}: must be a mapping of entries, not {brief(entries)}")
-    return {section: {} if entries is None and section in SECTIONS else entries for section, entries in values.items()}
+        for key in entries or ():
+            if not isinstance(key, str):
+                raise UserError(f"{source}: {section}: unknown key {brief(key)}; {nearest(str(key), SECTIONS[section])}")
+    return {section: entries or {} for section, entries in values.items()}
 
 
 def from_dict(values: object, name: str, source: str, overrides: Iterable[str] = ()) -> Config:
@@ -300,7 +305,9 @@ def explain(error: dict) -> str:
     """Return one of pydantic's errors as one line: what is wrong, where, what is allowed."""
     section, key = error["loc"][:2]
     if error["type"] == "extra_forbidden":
-        return f"{section}.{key}: unknown key; {nearest(f'{section}.{key}', (f'{section}.{name}' for name in SECTIONS[section]))}"
+        return (
+            f"{section}.{key}: unknown key; {nearest(f'{section}.{key}', (f'{section}.{name}' for name in SECTIONS[section]))}"
+        )
     value, field = error["input"], SECTIONS[section][key]
     if error["type"] == "literal_error":
         allowed = [str(choice) for choice in getattr(field.annotation, "__args__", ())]
@@ -316,6 +323,8 @@ def explain(error: dict) -> str:
 WORDS = {
     "Input should be": "must be",
     "Tuple should have": "must have",
+    "String should have": "must have",
+    "Unable to parse input string as an integer": "must be a whole number",
     "a valid tuple": "a list such as [2, 2, 2]",
     "a valid integer": "a whole number",
     "a valid boolean": "true or false",

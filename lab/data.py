@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 from tqdm import tqdm
 
 from lab.cli import UserError, one_line
-from lab.config import Config, Data
+from lab.config import Config, Data, with_overrides
 from lab.distributed import World
 from lab.seeds import generator_for
 
@@ -170,6 +170,13 @@ def root_mean_square(dataset: Dataset) -> float:
     histogram = sum(torch.bincount(dataset[place][0].flatten(), minlength=256) for place in places)  # of the grey levels
     squares = (torch.arange(256, dtype=torch.float64) / 127.5 - 1).square()
     return math.sqrt((histogram * squares).sum() / histogram.sum())
+
+
+def with_measured_sigma_data(config: Config, dataset: Dataset) -> Config:
+    """Return the config with the root mean square of the data in place of `preconditioning.sigma_data: auto`."""
+    if config.preconditioning.sigma_data != "auto":
+        return config
+    return with_overrides(config, [f"preconditioning.sigma_data={root_mean_square(dataset)}"], "the measured sigma_data")
 
 
 def shuffled_batches(num_images: int, batch_size: int, seed: int, first_step: int = 0) -> Iterator[torch.Tensor]:

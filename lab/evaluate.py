@@ -114,13 +114,13 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_intermixed_args()
 
     if args.num_samples == args.num_images == 0:
-        parser.error("--num_samples 0 --num_images 0 leaves nothing to evaluate")
+        raise UserError("--num_samples 0 --num_images 0 leaves nothing to evaluate")
     if args.sweep and (args.num_images is not None or args.timesteps):
-        parser.error("--sweep computes no bits per dimension; leave out --num_images and --timesteps")
+        raise UserError("--sweep computes no bits per dimension; leave out --num_images and --timesteps")
     if args.num_samples is None:
         args.num_samples = 250 if args.sweep else 1000
     if args.num_samples < MIN_IMAGES and (args.sweep or args.num_samples):
-        parser.error(f"--num_samples: a comparison takes {MIN_IMAGES} or more samples")
+        raise UserError(f"--num_samples: a comparison takes {MIN_IMAGES} or more samples")
     if args.sweep:
         args.num_images = 0
     if args.data_root:

@@ -76,7 +76,7 @@ def check_chain(config: Config, own: Config, path: Path) -> None:
 
 
 def class_labels(seeds: list[int], label_dim: int, class_index: int | None = None) -> torch.Tensor | None:
-    """Return one-hot labels (B, label_dim): of the given class, or of all classes in turn, seed by seed. None without classes."""
+    """Return one-hot labels (B, label_dim): of one class, or of all classes in turn, seed by seed. None without classes."""
     if not label_dim:
         return None
     return one_hot(torch.tensor([seed % label_dim if class_index is None else class_index for seed in seeds]), label_dim)

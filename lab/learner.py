@@ -1,4 +1,4 @@
-"""What a training step changes and a checkpoint holds: the network, its average, Adam, and what the noise distribution learned."""
+"""What a training step changes and a checkpoint holds: the network, its average, and the optimizer."""
 
 from pathlib import Path
 

@@ -1,7 +1,6 @@
 """A training run's folder, record and signals: how it starts, goes on after an interruption, and ends."""
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -17,16 +16,19 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from edm.loss import NOISE_BANDS, NUM_BANDS
+from edm.loss import NOISE_BANDS, NUM_BANDS, by_noise_level
 from lab import checkpoint, pictures
 from lab.checkpoint import checkpoint_path, saved_steps, write_atomically
 from lab.cli import UserError, brief
-from lab.config import Config
+from lab.config import Config, Network
 from lab.distributed import World
 from lab.learner import Learner
 
 # Entries that make another function of the same weights, and entries that have no influence on training.
-BREAKING = ("network.", "data.resolution", "data.channels", "preconditioning.", "chain.")
+BREAKING = (
+    *(f"network.{name} " for name in Network.model_fields if name != "dropout"),
+    *("data.resolution ", "data.channels ", "preconditioning.", "chain."),
+)
 FREE = ("training.num_training_steps", "training.save_and_sample_every_n", "data.root", "data.max_resident_mb")
 
 
@@ -160,7 +162,7 @@ class Run:
             try:
                 contents = checkpoint.load(path)
                 changed = differences(checkpoint.read_config(contents, path), self.config)
-                breaking = [entry for entry in changed if entry.startswith(BREAKING) and not entry.startswith("network.dropout")]
+                breaking = [entry for entry in changed if entry.startswith(BREAKING)]
                 if not breaking:
                     learner.load_state_dict(contents, path)
             except UserError as error:
@@ -173,6 +175,16 @@ class Run:
             print(f"Going on from {path}" + (f", though with another {', '.join(changed)}" if changed else ""))
             return contents
         raise UserError(f"--resume_from latest: {self.path} has no whole checkpoint; leave the option out to start a new run")
+
+    def announce(self, learner: Learner, num_images: int, device: torch.device) -> None:
+        """Print what is trained, on what, and where everything is written."""
+        millions = sum(parameter.numel() for parameter in learner.net.parameters()) / 1e6
+        devices = f"{self.world.size} x {device}" if self.world.size > 1 else str(device)
+        precision = str(learner.precision).removeprefix("torch.")
+        print(
+            f"{self.config.name}: {millions:.2f} M parameters, {num_images:,} images of {self.config.data.dataset}, "
+            f"on {devices} in {precision}, to {self.path}"
+        )
 
     # What a run writes
 
@@ -194,7 +206,7 @@ class Run:
         return self.world.broadcast(lambda: self.is_due(step) and not self.grid(step).exists())
 
     def steps(self, first: int) -> Iterator[int]:
-        """Yield the numbers of the steps after the first, with a progress bar, until the last one or until the run is to stop."""
+        """Yield the number of every step after `first`, with a progress bar, until the last one or until the run must stop."""
         last = self.config.training.num_training_steps
         options = {"unit": "step", "mininterval": 0.5, "disable": not self.world.is_first}
         with tqdm(desc=self.config.name, initial=first, total=last, **options) as self.bar:
@@ -203,9 +215,14 @@ class Run:
                 if self.stopping:
                     return
 
-    def record(self, losses: torch.Tensor) -> None:
-        """Record the loss of a step and those by noise level, (1 + NUM_BANDS,), and agree with all ranks whether to stop."""
-        self.log.add(losses)
+    def record(self, loss: torch.Tensor, sigma: torch.Tensor, importance: torch.Tensor) -> None:
+        """Record the mean loss of a step, in all and by noise level, and agree with the other ranks whether to stop.
+
+        Args:
+            loss, sigma, importance: (batch_size,), one for each image of the batch of all ranks.
+        """
+        edges = torch.tensor(NOISE_BANDS, device=loss.device)
+        self.log.add(torch.cat([(importance * loss).mean()[None], by_noise_level(loss, sigma, importance, edges)]))
         if self.bar.update():  # the bar is being redrawn: only then are the losses fetched from the device
             self.log.flush()
             rate = (self.bar.format_dict["rate"] or 0) * self.config.training.batch_size
@@ -227,8 +244,8 @@ class Run:
             steps = saved_steps(self.path)
             kept = f"the last checkpoint is {checkpoint_path(self.path, steps[-1])}" if steps else "nothing was saved yet"
             raise UserError(
-                f"the run has diverged at step {step}: most of the last losses are not finite, or above {self.log.limit:,.0f}; try "
-                f"a lower training.learning_rate, more training.lr_rampup_images or training.max_grad_norm=1 ({kept})"
+                f"the run has diverged at step {step}: most of the last losses are not finite, or above {self.log.limit:,.0f}; "
+                f"try a lower training.learning_rate, more training.lr_rampup_images or training.max_grad_norm=1 ({kept})"
             )
         losses = torch.tensor(self.log.records, dtype=torch.float64).view(-1, 1 + NUM_BANDS)
         contents = {"step": step, "name": self.config.name, "config": self.config.to_dict(), "losses": losses}
@@ -241,7 +258,11 @@ class Run:
         pictures.save_loss_curve(self.loss_curve, self.log.steps, losses, NOISE_BANDS)
 
     def finish(self, first_step: int, step: int) -> None:
-        """Print where everything is and what to do next; after a signal, the command that goes on, and exit with 128 + signal."""
+        """Print where everything is and what to do next.
+
+        Raises:
+            SystemExit: a signal stopped the run (exit code 128 + signal); the command that goes on is printed.
+        """
         if self.signum:
             print(f"Stopped after step {step}. To go on:\n  {command_to_resume(sys.argv)}", flush=True)
             raise SystemExit(128 + self.signum)

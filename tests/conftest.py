@@ -1,5 +1,10 @@
-"""What the tests share: a tiny data set, a tiny run, and a way to call the scripts as a user does."""
+"""What the tests share: a tiny data set, a tiny run, and the scripts called as a user calls them.
 
+pytest imports test files on their own (`--import-mode=importlib`), so everything shared is a fixture, often one that returns a
+function.
+"""
+
+import contextlib
 import functools
 import json
 import os
@@ -7,19 +12,22 @@ import runpy
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # here and in every script that a test starts: several tests run at once
+os.environ["OMP_NUM_THREADS"] = "1"  # here and in every process that a test starts: several tests run at once
 os.environ.pop("PYTHONUNBUFFERED", None)  # streams are buffered, as users' are
 
 import pytest
 import torch
 from PIL import Image
 
-from edm.learner import Learner
+import train_mnist
+from lab import checkpoint
+from lab.distributed import World
+from lab.learner import Learner
 
 ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
 
 TINY = """
 data: {dataset: image_folder, root: ROOT, resolution: 8, channels: CHANNELS}
@@ -31,98 +39,217 @@ sampler: {num_samples: 4, sampling_steps: 3}
 """
 
 
-@pytest.fixture
-def image_folder(tmp_path) -> Path:
-    """Two classes of colour images: seven dark ones, six bright ones."""
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The root of the repository."""
+    return ROOT
+
+
+# Data and configs
+
+
+def make_images(folder: Path) -> Path:
+    """Write two classes of colour images of 10x12 pixels: seven dark ones, six light ones."""
     generator = torch.Generator().manual_seed(0)
     for index in range(13):
-        folder = tmp_path / "images" / ("dark" if index < 7 else "light")
-        folder.mkdir(parents=True, exist_ok=True)
+        name = "dark" if index < 7 else "light"
+        (folder / name).mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(0, 40, (12, 10, 3), generator=generator) + (0 if index < 7 else 200)
-        Image.fromarray(pixels.byte().numpy()).save(folder / f"{index:02d}.png")
-    return tmp_path / "images"
+        Image.fromarray(pixels.byte().numpy()).save(folder / name / f"{index:02d}.png")
+    return folder
 
 
-@pytest.fixture(params=[1, 3], ids=["grey", "colour"])
-def tiny(request, tmp_path, image_folder) -> Path:
-    """The config file of a run that takes a second."""
-    return write_config(tmp_path, image_folder, channels=request.param)
-
-
-def write_config(tmp_path, image_folder, channels: int) -> Path:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY.replace("ROOT", str(image_folder)).replace("CHANNELS", str(channels)))
+def make_config(folder: Path, images: Path, channels: int) -> Path:
+    """Write the config of a run that takes a second: six steps, checkpoints and sample grids after 3 and 6."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "tiny.yaml"
+    path.write_text(TINY.replace("ROOT", str(images)).replace("CHANNELS", str(channels)))
     return path
 
 
 @pytest.fixture
+def image_folder(tmp_path) -> Path:
+    """A folder of two classes of colour images, 7 in `dark` and 6 in `light`; a test may change it."""
+    return make_images(tmp_path / "images")
+
+
+@pytest.fixture
+def tiny(tmp_path, image_folder) -> Path:
+    """The config file of a run on `image_folder` in colour, which takes a second: tmp_path / "tiny.yaml"."""
+    return make_config(tmp_path, image_folder, channels=3)
+
+
+@pytest.fixture
+def tiny_grey(tmp_path, image_folder) -> Path:
+    """The same run in grey: tmp_path / "grey" / "tiny.yaml"."""
+    return make_config(tmp_path / "grey", image_folder, channels=1)
+
+
+@pytest.fixture(params=["tiny_grey", "tiny"], ids=["grey", "colour"])
+def tiny_both(request) -> Path:
+    """Run the test with `tiny_grey` and with `tiny`."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def mnist_folder(tmp_path) -> Path:
+    """MNIST in a few bytes, as a `data.root` for mnist: 20 training images, and the same in reverse as test images.
+
+    Image i is an even grey of 10 i, and of class i % 10.
+    """
+    folder = tmp_path / "mnist" / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for split, places in (("train", range(20)), ("t10k", range(19, -1, -1))):
+        sizes = b"".join(size.to_bytes(4, "big") for size in (20, 28, 28))
+        pixels = b"".join(bytes([10 * place]) * 28 * 28 for place in places)
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + sizes + pixels)
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + sizes[:4] + bytes(place % 10 for place in places))
+    return tmp_path / "mnist"
+
+
+# Training runs
+
+
+def train_in(output_dir: Path, config_path: Path, *arguments: object, world: World | None = None) -> Path:
+    """Call train_mnist.py's `main` on the CPU, as one process of `world`; returns the run's folder."""
+    argv = ["train_mnist.py", "--config_path", config_path, "--output_dir", output_dir, *arguments]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(argument) for argument in argv])
+        patch.setattr(train_mnist, "distributed", lambda name: contextlib.nullcontext((CPU, world or World())))
+        train_mnist.main()
+    return Path(output_dir) / "image" / "image_folder" / Path(config_path).stem
+
+
+@pytest.fixture
+def train(tmp_path):
+    """train(config_path, *arguments, output="output", world=World()) -> the run's folder: train_mnist.py in this process.
+
+    Its errors are raised (`UserError`, `SystemExit`). The run is in tmp_path / output.
+    """
+
+    def call(config_path: Path, *arguments: object, output: str = "output", world: World | None = None) -> Path:
+        return train_in(tmp_path / output, config_path, *arguments, world=world)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The checkpoint `diffusion-6.pt` of the `tiny` run (colour, two classes), beside all else that the run left. Read-only."""
+    folder = tmp_path_factory.mktemp("trained")
+    config_path = make_config(folder, make_images(folder / "images"), channels=3)
+    return train_in(folder / "output", config_path) / "diffusion-6.pt"
+
+
+@pytest.fixture(scope="session")
+def last():
+    """last(run_folder) -> the contents of its newest checkpoint."""
+    return lambda folder: checkpoint.load(checkpoint.checkpoint_path(folder, checkpoint.saved_steps(folder)[-1]))
+
+
+@pytest.fixture(scope="session")
+def steps_recorded():
+    """steps_recorded(run_folder) -> the steps in its metrics.jsonl."""
+    return lambda folder: [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def same():
+    """same(a, b) -> whether two nests of dicts, lists, tensors and numbers are equal bit for bit; nan equals nan."""
+
+    def compare(a: object, b: object) -> bool:
+        if isinstance(a, torch.Tensor):
+            return a.dtype == b.dtype and a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(compare(a[key], b[key]) for key in a)
+        if isinstance(a, list | tuple):
+            return len(a) == len(b) and all(map(compare, a, b))
+        return a == b
+
+    return compare
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(3, action) calls action(learner) in training step 3, when the gradients are known and the weights still old."""
+
+    def plan(when: int, action) -> None:
+        optimizer_step = Learner.optimizer_step
+
+        def step(learner: Learner, images_seen: int) -> None:
+            if images_seen == when * learner.config.training.batch_size:
+                action(learner)
+            optimizer_step(learner, images_seen)
+
+        monkeypatch.setattr(Learner, "optimizer_step", step)
+
+    return plan
+
+
+# Scripts
+
+
+@pytest.fixture
 def script(tmp_path, monkeypatch, capsys):
-    """Call a script in a folder of its own: script("sample.py", "--seeds", "0") -> (exit code, stdout, stderr).
-    Everything runs on the CPU unless the call says otherwise, so that images can be compared bit for bit."""
+    """script("sample.py", "--seeds", 0) -> (exit code, stdout, stderr): a script in this process, in the folder tmp_path.
+
+    Modules go by their files, such as "lab/evaluate.py". There is no GPU, so that images can be compared bit for bit.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.backends.mps.is_available", functools.cache(lambda: False))  # torch._dynamo looks into it
 
     def call(name: str, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
         code = 0
         try:
             runpy.run_path(str(ROOT / name), run_name="__main__")
         except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return code, out, err
+            code = stop.code or 0
+        return code, *capsys.readouterr()
 
     return call
 
 
 @pytest.fixture
-def authors_module(monkeypatch):
-    """The module that the authors' pickles name; the reader must not import it."""
-    from authors import reconstruct
+def start(tmp_path):
+    """start("train_mnist.py", *arguments, torchrun=2) -> a `Popen` in the folder tmp_path, without GPUs; it ends with the test.
 
-    module = types.ModuleType("torch_utils.persistence")
-    reconstruct.__module__, reconstruct.__qualname__ = "torch_utils.persistence", "_reconstruct_persistent_obj"
-    module._reconstruct_persistent_obj = reconstruct
-    monkeypatch.setitem(sys.modules, "torch_utils", types.ModuleType("torch_utils"))
-    monkeypatch.setitem(sys.modules, "torch_utils.persistence", module)
+    A start takes 3 to 5 seconds, so use `script` where that will do. `torchrun` is the number of processes, 0 to start the
+    script itself; `options` are torchrun's own.
+    """
+    processes = []
 
+    def call(name: str, *arguments: object, torchrun: int = 0, options: tuple[str, ...] = (), **popen) -> subprocess.Popen:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}", *options]
+        command = [sys.executable, *launcher * bool(torchrun), str(ROOT / name), *map(str, arguments)]
+        popen = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **popen}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        processes.append(subprocess.Popen(command, cwd=tmp_path, env=environment, **popen))
+        return processes[-1]
 
-@pytest.fixture
-def at_step(monkeypatch):
-    """at_step(3, action) has a run do something at the end of a training step."""
-
-    def plan(when: int, action) -> None:
-        step_of = Learner.step
-
-        def step(learner, images, labels, number):
-            loss = step_of(learner, images, labels, number)
-            return action(loss) if number == when else loss
-
-        monkeypatch.setattr(Learner, "step", step)
-
-    return plan
-
-
-def send(number: int):
-    """An action: send this process a signal."""
-
-    def action(loss):
-        os.kill(os.getpid(), number)
-        return loss
-
-    return action
+    yield call
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()  # torchrun ends its workers
+        try:
+            process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
 
 
-def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
-    """Wait until a process has made a file; if it does not, end it, and fail with what it has said."""
-    end = time.monotonic() + seconds
-    while not path.exists() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.05)
-    if not path.exists():
-        process.terminate()
-        pytest.fail(f"there is no {path}: {process.communicate(timeout=60)}")
+@pytest.fixture(scope="session")
+def wait_for():
+    """wait_for(path, process): wait until a process has made a file, or fail with what it has said."""
 
+    def wait(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
+        end = time.monotonic() + seconds
+        while not path.exists() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        if not path.exists():
+            process.terminate()
+            pytest.fail(f"there is no {path}: {process.communicate(timeout=60)}")
 
-def steps_recorded(folder) -> list[int]:
-    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return wait
