@@ -23,7 +23,7 @@ def xavier_init(layer: nn.Linear | nn.Conv2d, gain: float = 1.0) -> nn.Linear | 
 
 @torch.no_grad()
 def default_init(layer: nn.Linear | nn.Conv2d, gain: float = 1.0) -> nn.Linear | nn.Conv2d:
-    """Initialize a layer of ADM: PyTorch's default, uniform within 1 / sqrt(fan_in), times `gain`. Returns the layer."""
+    """Initialize a new layer of ADM: PyTorch's default, uniform within 1 / sqrt(fan_in), times `gain`. Returns the layer."""
     for parameter in layer.parameters():
         parameter.mul_(gain)
     return layer
@@ -50,7 +50,7 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
 
 
 class SinusoidalEmbedding(nn.Module):
-    """The noise embedding of DDPM++, (B,) -> (B, num_features): sines and cosines of c_noise, frequencies from 1 to 1/10000."""
+    """The noise embedding of DDPM++: sines and cosines of c_noise, frequencies from 1 to 1/10000, (B,) -> (B, num_features)."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -72,7 +72,7 @@ class ADMSinusoidalEmbedding(SinusoidalEmbedding):
 
 
 class FourierEmbedding(nn.Module):
-    """The noise embedding of NCSN++, (B,) -> (B, num_features): sines and cosines of c_noise, random frequencies `freqs`."""
+    """The noise embedding of NCSN++: sines and cosines of c_noise at random frequencies, (B,) -> (B, num_features)."""
 
     def __init__(self, num_features: int):
         super().__init__()

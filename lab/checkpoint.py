@@ -155,8 +155,6 @@ def read_config(contents: dict, path: str | Path, overrides: Iterable[str] = ())
     chain = values.get("chain", {})
     if "schedule" in chain:  # the name of `betas` in earlier versions
         chain["betas"] = chain.pop("schedule")
-    if "schedule" in values.get("chain", {}):  # the earlier name of chain.betas
-        values["chain"]["betas"] = values["chain"].pop("schedule")
     return configs.from_dict(values, contents["name"], f"the config in {path}", overrides)
 
 

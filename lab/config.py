@@ -30,6 +30,11 @@ def as_number(value: object) -> object:
     return float(value) if isinstance(value, str) else value
 
 
+def no_as_word(value: object) -> object:
+    """Turn false, for which YAML takes the word no, back into the word."""
+    return "no" if value is False else value
+
+
 Int = Annotated[int, BeforeValidator(as_number), Field(le=2**53)]
 Float = Annotated[float, BeforeValidator(as_number)]
 
@@ -100,7 +105,7 @@ class Training(Section):
     adam_beta2: Annotated[Float, Field(ge=0, lt=1)] = 0.999
     adam_eps: Annotated[Float, Field(gt=0)] = 1e-8
     max_grad_norm: Annotated[Float, Field(gt=0)] | None = None
-    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], BeforeValidator(no_as_word)] = "auto"
     compile: bool = False
     save_and_sample_every_n: Annotated[Int, Field(ge=1)] = 1000
     seed: Annotated[Int, Field(ge=0, lt=2**32)] = 0
@@ -129,7 +134,7 @@ class Sampler(Section):
     schedule: Literal[tuple(SCHEDULES)] = "linear"
     scaling: Literal[tuple(SCALINGS)] = "none"
     sigma_min: Annotated[Float, Field(ge=1e-6)] | None = None
-    sigma_max: Annotated[Float, Field(le=1e6)] | None = None
+    sigma_max: Annotated[Float, Field(gt=0, le=1e6)] | None = None
     rho: Annotated[Float, Field(ge=0.1, le=1000)] = 7.0
     solver: Literal[(*SOLVERS, "ancestral", "ddim")] = "heun"
     alpha: Annotated[Float, Field(gt=0, le=1)] = 1.0
@@ -192,8 +197,8 @@ def read_file(path: Path, above: tuple[Path, ...]) -> dict:
         values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        beside = [str(other) for other in sorted(path.parent.glob("*.yaml"))]
-        hint = f"; {nearest(str(path), beside)}" if beside and not os.path.exists(path) else ""
+        beside = sorted(map(str, path.parent.glob("*.yaml"))) if os.path.isdir(path.parent) and not os.path.exists(path) else []
+        hint = f"; {nearest(str(path), beside)}" if beside else ""
         by = f" (the base of {above[-1]})" if above else ""
         raise UserError(f"cannot read the config {path}{by}: {reason}{hint}") from None
     base = values.pop("base", None) if isinstance(values, dict) else None
@@ -236,10 +241,10 @@ def parse_yaml(text: str, source: str) -> object:
 
 
 def check_sections(values: object, source: str) -> dict:
-    """Return {section: {key: value}}, with {} for an empty section; `base` passes as it is.
+    """Return {section: {key: value}}, with {} for an empty section.
 
     Raises:
-        UserError: the values have another form, or a section is unknown.
+        UserError: the values have another form, or a section is unknown, or a key is no text.
     """
     if not isinstance(values, dict):
         raise UserError(f"{source}: a config is a mapping of sections ({', '.join(SECTIONS)}), not {brief(values)}")

@@ -109,16 +109,14 @@ class World:
         dist.gather_object(value, values, dst=0, group=self.control)
         return values or []
 
-    def mark_started(self, key: str, step: int | None) -> None:
-        """Remember, across restarts by torchrun, the step at which a run started; None forgets it."""
-        if self.store and step is None:
-            self.store.delete_key(key)
-        elif self.store:
-            self.store.set(key, str(step))
+    def mark_started(self, key: str) -> None:
+        """Remember, across restarts by torchrun, that a run has started."""
+        if self.store:
+            self.store.set(key, "yes")
 
-    def started(self, key: str) -> int | None:
-        """Return the step that `mark_started` remembered before a restart, or None."""
-        return int(self.store.get(key)) if self.store and self.store.check([key]) else None
+    def has_started(self, key: str) -> bool:
+        """Return whether `mark_started` was called, in this process or before a restart by torchrun."""
+        return self.store is not None and self.store.check([key])
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from edm.precond import Denoiser
+from edm.precond import PreconditionedDenoiser
 from edm.sampler import State
 from lab import pictures
 from lab.build import build_sampler, with_guidance_and_clipping
@@ -46,7 +46,9 @@ def main() -> None:
 
 
 @torch.no_grad()
-def reverse_process(denoiser: Denoiser, config: Config, device: torch.device, seeds: list[int], title: str) -> list[State]:
+def reverse_process(
+    denoiser: PreconditionedDenoiser, config: Config, device: torch.device, seeds: list[int], title: str
+) -> list[State]:
     """Return the states after each step of the sampler, (B, C, H, W) on the CPU, the last of which holds the samples.
 
     Each state's `denoised` is D(x; sigma) at its own x and sigma. (The sampler's is from where the step began.)
@@ -64,7 +66,7 @@ def reverse_process(denoiser: Denoiser, config: Config, device: torch.device, se
 
 
 def samples(
-    denoiser: Denoiser,
+    denoiser: PreconditionedDenoiser,
     config: Config,
     device: torch.device,
     seeds: list[int],
@@ -79,7 +81,7 @@ def samples(
     return torch.cat([batch[-1] for batch in batches])
 
 
-def filmstrip(path: Path, denoiser: Denoiser, config: Config, device: torch.device, seeds: list[int]) -> None:
+def filmstrip(path: Path, denoiser: PreconditionedDenoiser, config: Config, device: torch.device, seeds: list[int]) -> None:
     """Draw noisy images on their way to samples, and the denoised images below them."""
     states = reverse_process(denoiser, config, device, seeds, "filmstrip")
     shown = [states[round(place)] for place in torch.linspace(0, len(states) - 1, min(NUM_FRAMES, len(states))).tolist()]
@@ -92,7 +94,7 @@ def filmstrip(path: Path, denoiser: Denoiser, config: Config, device: torch.devi
     pictures.save_table(path, rows, names, [f"{state.sigma:.2g}" for state in shown], "noise level")
 
 
-def trajectories(path: Path, denoiser: Denoiser, config: Config, device: torch.device, seeds: list[int]) -> None:
+def trajectories(path: Path, denoiser: PreconditionedDenoiser, config: Config, device: torch.device, seeds: list[int]) -> None:
     """Draw trajectories of eight pixels of an image (their red value in colour images), and of their denoised values."""
     if len(seeds) > 1 or config.sampler.sampling_steps < 2:
         raise UserError("trajectories are drawn for one seed, and take 2 or more sampler.sampling_steps")
@@ -104,7 +106,7 @@ def trajectories(path: Path, denoiser: Denoiser, config: Config, device: torch.d
     pictures.save_trajectories(path, sigma, x, denoised, image, row, columns.tolist())
 
 
-def neighbours(path: Path, denoiser: Denoiser, config: Config, device: torch.device, seeds: list[int]) -> None:
+def neighbours(path: Path, denoiser: PreconditionedDenoiser, config: Config, device: torch.device, seeds: list[int]) -> None:
     """Draw samples, each beside the training images nearest to it, pixel by pixel."""
     train = as_tensors(open_dataset(config))[0].to(device)
     test = as_tensors(open_dataset(config, test=True))[0][:1000].to(device) if config.data.dataset in HAVE_TEST_SETS else None
@@ -135,7 +137,7 @@ def nearest_images(images: torch.Tensor, train: torch.Tensor, k: int) -> tuple[t
     return (images[:, None] - train[places]).square().mean(dim=2).sqrt(), places  # more exact than those of cdist
 
 
-def classes(path: Path, denoiser: Denoiser, config: Config, device: torch.device, seeds: list[int]) -> None:
+def classes(path: Path, denoiser: PreconditionedDenoiser, config: Config, device: torch.device, seeds: list[int]) -> None:
     """Draw a column of samples for each class, from the same noise in each row."""
     numbers = range(num_classes(config))
     bar = tqdm(numbers, desc="sampling all classes", unit="class", leave=False)
@@ -143,7 +145,7 @@ def classes(path: Path, denoiser: Denoiser, config: Config, device: torch.device
     pictures.save_table(path, images, [f"seed {seed}" for seed in seeds], [str(number) for number in numbers], "class")
 
 
-def guidance(path: Path, denoiser: Denoiser, config: Config, device: torch.device, seeds: list[int]) -> None:
+def guidance(path: Path, denoiser: PreconditionedDenoiser, config: Config, device: torch.device, seeds: list[int]) -> None:
     """Draw a row of samples for each strength of guidance, from the same noise in each column."""
     columns = [str(seed % num_classes(config)) for seed in seeds]
     bar = tqdm(GUIDANCE, desc="sampling with all strengths of guidance", unit="strength", leave=False)

@@ -105,9 +105,8 @@ class Learner:
         checkpoint.load_weights(self.net, state["net"], path)
         checkpoint.load_weights(self.ema.net, state["ema"], path)
         try:
-            for index, parameter in enumerate(self.net.parameters()):
-                check_moments(state["optimizer"][index], parameter)
-            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})
+            moments = {i: like_parameter(state["optimizer"][i], p) for i, p in enumerate(self.net.parameters())}
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
             if not all(isinstance(value, int | float) for value in state["scaler"].values()):
                 raise ValueError
             if state["scaler"]:  # empty unless the run was in fp16
@@ -121,10 +120,16 @@ class Learner:
             raise UserError(f"the state of the optimizer in {path} is damaged, or belongs to another network") from None
 
 
-def check_moments(moments: dict, parameter: torch.Tensor) -> None:
-    """Raise a ValueError unless Adam's moments have the parameter's shape; it would write past the end of smaller ones."""
+def like_parameter(moments: dict, parameter: torch.Tensor) -> dict:
+    """Return Adam's moments of a parameter in the parameter's memory layout, which its fused kernels rely on.
+
+    Raises:
+        ValueError: they are not those of a parameter of this shape.
+    """
     shapes = {key: moment.shape if key != "step" else moment.numel() for key, moment in moments.items()}
     if shapes != {"step": 1, "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
         raise ValueError
     if not all(is_plain(moment) for moment in moments.values()):
         raise ValueError
+    averages = {key: torch.empty_like(parameter).copy_(moments[key]) for key in ("exp_avg", "exp_avg_sq")}
+    return {"step": moments["step"], **averages}

@@ -1,8 +1,8 @@
 """A training run's folder, record and signals: how it starts, goes on after an interruption, and ends."""
 
 import argparse
-import json
-import math
+import contextlib
+import itertools
 import os
 import shlex
 import signal
@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from edm.loss import NOISE_BANDS, NUM_BANDS, by_noise_level
+from edm.loss import NOISE_BANDS
 from lab import checkpoint, pictures
-from lab.checkpoint import checkpoint_path, saved_steps, write_atomically
+from lab.checkpoint import checkpoint_path, saved_steps
 from lab.cli import UserError, brief
 from lab.config import Config, Network
 from lab.distributed import World
 from lab.learner import Learner
+from lab.losslog import LossLog
 
 # Entries that make another function of the same weights, and entries that have no influence on training.
 BREAKING = (
@@ -91,8 +92,9 @@ class Run:
             if signum in SIGHUP:  # the terminal is gone: what is printed from now on goes nowhere
                 for descriptor in (1, 2):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-            if self.world.is_first:  # print must not be used in the middle of another print
-                os.write(2, b"\nStopping after this step; once more to stop at once.\n")
+            if self.world.is_first:
+                with contextlib.suppress(OSError):  # os.write, as print must not interrupt another print
+                    os.write(2, b"\nStopping after this step; once more to stop at once.\n")
 
     # How a run starts
 
@@ -115,16 +117,17 @@ class Run:
             learner.load_state_dict(contents, self.path)
         elif not self.world.is_first and contents:
             learner.load_weights(contents["ema"], self.path)
-        step = contents.get("step", 0)
-        if step > self.config.training.num_training_steps:
-            raise UserError(f"the run is at step {step} already; ask for more with --num_training_steps")
         self.log = LossLog(self.path / "metrics.jsonl" if self.world.is_first else None, self.config, contents)
-        return step
+        return contents.get("step", 0)
 
     def claim_folder(self, learner: Learner, resume_from: str | None, weights_from: str | None, overwrite: bool) -> dict:
-        """Load rank 0's learner and make the folder this run's own; returns what the other ranks have to load."""
-        key = f"started in {self.path}"  # torchrun starts the same command again after a crash: then go on
-        if self.world.started(key) is not None and saved_steps(self.path):
+        """Load the learner on rank 0, and make sure that the folder holds this run alone.
+
+        Returns:
+            What the other ranks must load: a checkpoint's contents, {"ema": weights} or {}.
+        """
+        key = f"started in {self.path}"  # after a crash, torchrun starts the same command again: then go on
+        if self.world.has_started(key) and saved_steps(self.path):
             resume_from, overwrite = "latest", False
         goes_on_here = resume_from == "latest" or (
             resume_from is not None and Path(resume_from).resolve().parent == self.path.resolve()
@@ -142,16 +145,19 @@ class Run:
             learner.load_weights(contents["ema"], weights_from)
         else:
             contents = {}
+        first_step = contents.get("step", 0)
+        if first_step > self.config.training.num_training_steps:
+            raise UserError(f"the run is at step {first_step} already; ask for more with --num_training_steps")
         if others:
             aside = unused(self.path.with_name(f"{self.path.name}.old"))
             self.path.rename(aside)
             self.path.mkdir()
             print(f"Moved the earlier run to {aside}")
-        for later in [step for step in saved_steps(self.path) if step > contents.get("step", 0)]:
-            path = checkpoint_path(self.path, later)  # of a run that this one goes on from an earlier step of
-            path.rename(unused(path.with_name(f"{path.name}.old")))
-            print(f"Renamed {path} to {path.name}.old")
-        self.world.mark_started(key, contents.get("step", 0))
+        for later in [step for step in saved_steps(self.path) if step > first_step]:
+            path = checkpoint_path(self.path, later)  # this run will make another checkpoint of that step
+            aside = path.rename(unused(path.with_name(f"{path.name}.old")))
+            print(f"Renamed {path} to {aside.name}")
+        self.world.mark_started(key)
         return contents
 
     def resume(self, learner: Learner, resume_from: str) -> dict:
@@ -221,8 +227,7 @@ class Run:
         Args:
             loss, sigma, importance: (batch_size,), one for each image of the batch of all ranks.
         """
-        edges = torch.tensor(NOISE_BANDS, device=loss.device)
-        self.log.add(torch.cat([(importance * loss).mean()[None], by_noise_level(loss, sigma, importance, edges)]))
+        self.log.add(loss, sigma, importance)
         if self.bar.update():  # the bar is being redrawn: only then are the losses fetched from the device
             self.log.flush()
             rate = (self.bar.format_dict["rate"] or 0) * self.config.training.batch_size
@@ -247,11 +252,11 @@ class Run:
                 f"the run has diverged at step {step}: most of the last losses are not finite, or above {self.log.limit:,.0f}; "
                 f"try a lower training.learning_rate, more training.lr_rampup_images or training.max_grad_norm=1 ({kept})"
             )
-        losses = torch.tensor(self.log.records, dtype=torch.float64).view(-1, 1 + NUM_BANDS)
+        losses = self.log.table()
         contents = {"step": step, "name": self.config.name, "config": self.config.to_dict(), "losses": losses}
         checkpoint.save(checkpoint_path(self.path, step), contents | learner.state_dict())
         keep = self.config.checkpoint
-        if keep.keep_last and not self.log.has_exploded():
+        if keep.keep_last and not any(self.log.exploded()):
             for old in saved_steps(self.path)[: -keep.keep_last]:
                 if not keep.keep_every_n or old % keep.keep_every_n:
                     checkpoint_path(self.path, old).unlink(missing_ok=True)
@@ -280,80 +285,6 @@ class Run:
 SIGHUP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # Windows has none
 
 
-class LossLog:
-    """The losses of all steps, and their file `metrics.jsonl`, one line for each step.
-
-    Losses stay on the device until `flush` fetches them together, so that no training step waits for them.
-
-    Args:
-        path: the file, which is written anew from the losses so far; None to keep them without a file.
-        config: the run.
-        contents: of the checkpoint that the run goes on from, or {}.
-    """
-
-    def __init__(self, path: Path | None, config: Config, contents: dict):
-        self.path, self.batch_size = path, config.training.batch_size
-        self.pending: list[torch.Tensor] = []
-        self.records: list[list[float]] = contents.get("losses", torch.zeros(0)).tolist()
-        self.first_step = contents.get("step", 0) - len(self.records) + 1
-        self.untrained = config.data.channels * config.data.resolution**2  # about 1 for each pixel
-        if path:
-            write_atomically(path, lambda file: file.write(self.lines(0).encode()))
-
-    @property
-    def steps(self) -> range:
-        """The steps whose losses are known."""
-        return range(self.first_step, self.first_step + len(self.records))
-
-    @property
-    def limit(self) -> float:
-        """A loss far above any that training starts with."""
-        first = [record[0] for record in self.records[:1] if math.isfinite(record[0])]
-        return 100 * max(self.untrained, *first, 0)
-
-    def add(self, losses: torch.Tensor) -> None:
-        """Note the losses of the next step, (1 + NUM_BANDS,), on any device."""
-        self.pending.append(losses)
-
-    def flush(self) -> None:
-        """Fetch the pending losses and append them to the file."""
-        known = len(self.records)
-        if self.pending:
-            self.records += torch.stack(self.pending).tolist()
-            self.pending.clear()
-        if self.path:
-            try:
-                with open(self.path, "a") as file:
-                    file.write(self.lines(known))
-            except OSError as error:
-                raise UserError(f"cannot write {self.path}: {error.strerror}") from None
-
-    def lines(self, start: int) -> str:
-        """Return the lines of the file from the given index on."""
-        lines = []
-        for step, record in zip(self.steps[start:], self.records[start:]):
-            loss, *bands = (number if math.isfinite(number) else None for number in record)  # JSON has neither nan nor inf
-            lines.append(json.dumps({"step": step, "images": step * self.batch_size, "loss": loss, "by_noise_level": bands}))
-        return "".join(line + "\n" for line in lines)
-
-    def mean(self) -> float:
-        """Return the mean loss of the latest 100 steps."""
-        latest = [record[0] for record in self.records[-100:]]
-        return sum(latest) / max(len(latest), 1)
-
-    def exploded(self) -> list[bool]:
-        """Return for each of the latest 10 losses whether it is above the limit or not finite."""
-        return [not record[0] <= self.limit for record in self.records[-10:]]
-
-    def has_exploded(self) -> bool:
-        return any(self.exploded())
-
-    def has_diverged(self) -> bool:
-        """Return whether most of the latest losses have exploded. One alone may be an fp16 overflow, which the scaler mends."""
-        exploded = self.exploded()
-        return sum(exploded) > len(exploded) / 2
-
-
 def differences(old: Config, new: Config) -> list[str]:
     """Return the entries that matter for training and differ, such as "training.seed (0, now 1)"."""
     old, new = old.to_dict(), new.to_dict()
@@ -367,12 +298,8 @@ def differences(old: Config, new: Config) -> list[str]:
 
 def unused(path: Path) -> Path:
     """Return the path, with a number appended if something has that name."""
-    number = 2
-    candidate = path
-    while candidate.exists():
-        candidate = path.with_name(f"{path.name}{number}")
-        number += 1
-    return candidate
+    names = (path.with_name(f"{path.name}{number or ''}") for number in itertools.count())
+    return next(name for name in names if not name.exists())
 
 
 def command_to_resume(argv: list[str]) -> str:

@@ -6,12 +6,16 @@ function.
 
 import contextlib
 import functools
+import itertools
 import json
+import math
 import os
 import runpy
 import subprocess
 import sys
 import time
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in every process that a test starts: several tests run at once
@@ -20,8 +24,13 @@ os.environ.pop("PYTHONUNBUFFERED", None)  # streams are buffered, as users' are
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import train_mnist
+from edm.ddpm import Chain
+from edm.exact import GaussianMixture
+from edm.precond import PreconditionedDenoiser, iDDPMPreconditioning
+from edm.sampler import State
 from lab import checkpoint
 from lab.distributed import World
 from lab.learner import Learner
@@ -121,11 +130,13 @@ def train_in(output_dir: Path, config_path: Path, *arguments: object, world: Wor
 
 
 @pytest.fixture
-def train(tmp_path):
+def train(tmp_path, monkeypatch):
     """train(config_path, *arguments, output="output", world=World()) -> the run's folder: train_mnist.py in this process.
 
-    Its errors are raised (`UserError`, `SystemExit`). The run is in tmp_path / output.
+    Its errors are raised (`UserError`, `SystemExit`). The run is in tmp_path / output. Its loss.png is a stand-in: drawing it
+    takes longer than all the rest.
     """
+    monkeypatch.setattr("lab.run.pictures.save_loss_curve", lambda path, *losses: path.write_bytes(b"a curve"))
 
     def call(config_path: Path, *arguments: object, output: str = "output", world: World | None = None) -> Path:
         return train_in(tmp_path / output, config_path, *arguments, world=world)
@@ -253,3 +264,154 @@ def wait_for():
             pytest.fail(f"there is no {path}: {process.communicate(timeout=60)}")
 
     return wait
+
+
+# Reference numbers
+#
+# The files in tests/reference were computed in float64 with the implementations published with the papers. The inputs, weights
+# and stand-in networks behind them need no random numbers, and are made here.
+
+
+@pytest.fixture(scope="session")
+def assert_close():
+    """assert_close(actual, expected, tolerance=1e-9): |difference| <= tolerance (1 + |expected|), element by element."""
+
+    def check(actual: torch.Tensor, expected: torch.Tensor | list | float, tolerance: float = 1e-9) -> None:
+        expected = torch.as_tensor(expected, dtype=torch.float64)
+        torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def wave():
+    """wave(2, 3, scale=1, frequency=2, phase=0): scale sin(frequency i + phase) over the elements i of a float64 tensor."""
+
+    def make(*shape: int, scale: float, frequency: float, phase: float) -> torch.Tensor:
+        i = torch.arange(math.prod(shape), dtype=torch.float64)
+        return (scale * torch.sin(frequency * i + phase)).reshape(shape)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def fill(wave):
+    """fill(net) gives every parameter the value that follows from its name and shape, and returns the network in float64."""
+
+    @torch.no_grad()
+    def set_parameters(net: nn.Module) -> nn.Module:
+        net.double()
+        frequencies = [(name, buffer) for name, buffer in net.named_buffers() if name.endswith("freqs")]
+        for name, parameter in [*net.named_parameters(), *frequencies]:
+            phase = (zlib.crc32(name.encode()) % 10007) / 100
+            s = wave(*parameter.shape, scale=1, frequency=0.61803398875, phase=phase)
+            if name.endswith("freqs"):
+                value = 2 * s
+            elif name.endswith("bias"):
+                value = 0.1 * s
+            elif parameter.ndim == 1:
+                value = 1 + 0.1 * s
+            else:
+                value = math.sqrt(2 * parameter.shape[0] / parameter.numel()) * s
+            parameter.copy_(value.float())
+        return net
+
+    return set_parameters
+
+
+@pytest.fixture(scope="session")
+def two_peaks():
+    """two_peaks(x, sigma, labels=None): the exact denoiser of data that is N(+-0.5, 0.2^2) in every pixel."""
+
+    def denoise(x: torch.Tensor, sigma: float, labels: torch.Tensor | None = None) -> torch.Tensor:
+        q = 0.04 + sigma**2
+        return 0.04 / q * x + sigma**2 / q * 0.5 * torch.tanh(0.5 * x / q)
+
+    return denoise
+
+
+@pytest.fixture(scope="session")
+def fresh_noise(wave):
+    """fresh_noise(like) -> noise(), whose k-th call returns sqrt(2) sin(0.9 i + 1.3 k)."""
+
+    def start(like: torch.Tensor):
+        calls = itertools.count(1)
+        return lambda: wave(*like.shape, scale=math.sqrt(2), frequency=0.9, phase=1.3 * next(calls))
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def stand_in():
+    """stand_in(chain, outputs=2): the network behind improved_ddpm.json, which returns epsilon and v, as a denoiser."""
+
+    class Network(nn.Module):
+        def __init__(self, outputs: int):
+            super().__init__()
+            self.outputs, self.weight = outputs, nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def forward(self, x, t, labels=None, augment_labels=None):
+            t = t[:, None, None, None] / 1000
+            epsilon = 0.9 * x * (0.2 + t) + 0.1 * torch.sin(3 * x)
+            return self.weight * torch.cat([epsilon, torch.tanh(0.5 * x + t)], dim=1)[:, : self.outputs]
+
+    def make(chain: Chain, outputs: int = 2) -> PreconditionedDenoiser:
+        return PreconditionedDenoiser(Network(outputs), iDDPMPreconditioning(chain.levels, outputs))
+
+    return make
+
+
+# What the tests of samplers and likelihoods share
+
+
+@pytest.fixture(scope="session")
+def final():
+    """final(states) -> the images that a sampler ends with."""
+
+    def exhaust(states: Iterator[State]) -> torch.Tensor:
+        *_, state = states
+        return state.x
+
+    return exhaust
+
+
+@pytest.fixture(scope="session")
+def normal_noise():
+    """normal_noise(*shape, seed=0) -> noise(), which returns new float64 noise of unit variance."""
+
+    def start(*shape: int, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        return lambda: torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def impulses():
+    """impulses(calls, size) -> noise(), from which the covariance of a sampler's images follows without drawing a number.
+
+    With the exact denoiser of Gaussian data of mean 0 the images are a linear function of all noise, the latents included. The
+    noise() here is for a batch of calls x size images of `size` pixels in a row: each of the numbers that all the calls return
+    for one image is 1 in one image of the batch and 0 in the others. If x (B, size) are the resulting images, the covariance
+    for noise of unit variance is x^T x.
+    """
+
+    def start(calls: int, size: int):
+        numbers = iter(torch.eye(calls * size, dtype=torch.float64).view(calls * size, calls, 1, 1, size).unbind(dim=1))
+        return lambda: next(numbers)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def correlated():
+    """correlated(k, d, seed=0): a mixture of k Gaussians of d pixels with covariances of any shape, the last one singular."""
+
+    def make(k: int, d: int, seed: int = 0) -> GaussianMixture:
+        generator = torch.Generator().manual_seed(seed)
+        factors = 0.5 * torch.randn(k, d, d, generator=generator, dtype=torch.float64)
+        factors[-1, :, 0] = 0
+        means = torch.randn(k, d, generator=generator, dtype=torch.float64)
+        return GaussianMixture(means, factors @ factors.mT, torch.rand(k, generator=generator) + 0.5)
+
+    return make

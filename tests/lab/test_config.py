@@ -1,0 +1,363 @@
+"""Configs: what the files in configs/ say, how a file is read, and the one line that a mistake ends in."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lab import checkpoint
+from lab import config as configs
+from lab.build import build_chain_loss, build_noise_distribution, build_sampler, build_weighting, sampling_plan
+from lab.cli import UserError, brief
+from lab.config import CONFIGS, Config
+
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+DEFAULTS = Config().to_dict()
+ENTRIES = [(section, key) for section, entries in DEFAULTS.items() for key in entries]
+
+
+def from_overrides(*overrides: str) -> Config:
+    return configs.from_dict({}, "x", "x", overrides)
+
+
+# The files
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_config_makes_sense_and_explains_its_entries(path):
+    config = configs.load(path)
+    assert config.name == path.stem
+    for build in (build_noise_distribution, build_weighting, build_chain_loss, build_sampler):
+        build(config)
+    lines = [line for line in path.read_text().splitlines() if re.match(r"  \w", line)]
+    assert all("  # " in line for line in lines)
+
+
+def test_edm_yaml_lists_every_entry_with_its_default():
+    values = yaml.safe_load((CONFIGS / "edm.yaml").read_text())
+    assert [(section, key) for section, entries in values.items() for key in entries] == ENTRIES
+    assert values == DEFAULTS
+    assert configs.load(CONFIGS / "edm.yaml") == Config()
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem != "edm"], ids=lambda path: path.stem)
+def test_every_other_config_holds_only_what_differs_from_its_base(path):
+    values = yaml.safe_load(path.read_text())
+    name = values.pop("base")
+    base = flat(configs.load(next(folder / name for folder in (path.parent, CONFIGS) if (folder / name).exists())).to_dict())
+    assert [entry for entry, value in flat(values).items() if base[entry] == value] == []
+
+
+def flat(sections: dict) -> dict:
+    return {(section, key): value for section, entries in sections.items() for key, value in entries.items()}
+
+
+def changed(before: str, after: str) -> set[str]:
+    """The entries in which two resolved configs differ."""
+    a, b = (flat(configs.load(CONFIGS / f"{name}.yaml").to_dict()) for name in (before, after))
+    return {f"{section}.{key}" for section, key in a if a[section, key] != b[section, key]}
+
+
+COLUMN = {"preconditioning.formulation", "loss.noise_distribution", "loss.weighting"}
+SAMPLING = {"sampler.solver", "sampler.sampling_steps", "sampler.discretization"}
+
+
+def test_the_columns_of_table_1_differ_by_their_cells():
+    assert changed("edm", "vp") == COLUMN | SAMPLING | {"sampler.schedule", "sampler.scaling"}
+    assert changed("edm", "ve") == COLUMN | SAMPLING | {"sampler.schedule", "network.architecture"}
+    assert changed("edm", "table1_iddpm") == COLUMN | SAMPLING | {"network.architecture"}
+
+
+@pytest.mark.parametrize("formulation", ["vp", "ve"])
+def test_the_rows_of_table_2_differ_by_what_the_paper_changes(formulation):
+    optimisation = {"batch_size", "num_training_steps", "learning_rate", "lr_rampup_images", "max_grad_norm"}
+    rows = {
+        "ab": {f"training.{key}" for key in optimisation} | {"network.dropout", "ema.halflife_images", "ema.rampup_ratio"},
+        "bc": {"network.channel_mult"},
+        "cd": {"preconditioning.formulation"},
+        "de": {"loss.noise_distribution", "loss.weighting"},
+        "ef": {"data.augment_probability", "network.augment_dim"},
+    }
+    for (before, after), entries in rows.items():
+        assert changed(f"table2/{formulation}_{before}", f"table2/{formulation}_{after}") == entries
+    assert changed("table2/vp_f", "table2/ve_f") == {"network.architecture"}
+    assert changed("table2/vp_a", "table2/ve_a") == {"network.architecture"} | COLUMN
+
+
+def test_the_other_configs_differ_by_what_their_papers_say():
+    assert changed("table2/vp_f", "cifar10") == set()
+    length = {"training.num_training_steps", "training.save_and_sample_every_n"}
+    assert changed("edm_small", "ddpm_small") == COLUMN | length | {"sampler.solver", "sampler.sampling_steps", "sampler.clip"}
+    learned = {"preconditioning.formulation", "loss.objective", "network.architecture", "sampler.variance", "chain.betas"}
+    assert changed("ddpm_small", "iddpm_small") == learned
+
+
+# How a file is read
+
+
+def write(folder: Path, **files: str) -> Path:
+    """Write files of some text; returns the path of the first."""
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder / f"{next(iter(files))}.yaml"
+
+
+def test_a_file_is_merged_key_by_key_onto_the_files_that_it_is_based_on(tmp_path):
+    path = write(
+        tmp_path,
+        top="base: middle.yaml\ntraining: {seed: 5}\nnetwork: {channel_mult: [3, 3]}\nloss:\n",
+        middle="base: edm_cond.yaml\ntraining: {seed: 4, batch_size: 8}\nnetwork: {channel_mult: [1, 2, 3, 4]}\n",
+    )
+    entries = ["training.seed=5", "training.batch_size=8", "network.channel_mult=[3, 3]"]
+    expected = configs.load(CONFIGS / "edm_cond.yaml", entries)
+    assert configs.load(path) == expected.model_copy(update={"name": "top"})
+    assert configs.load(path, ["training.batch_size=9"]).training.batch_size == 9
+    write(tmp_path, edm_cond="training: {learning_rate: 1}")  # a file beside it comes before one of configs/
+    assert configs.load(path).training.learning_rate == 1
+    assert configs.load(path).network.label_dim == 0
+
+
+BASES = {
+    "none.yaml": "cannot read the config {}/none.yaml (the base of {}/a.yaml): No such file or directory; did you mean",
+    "a.yaml": "{}/a.yaml: base: {}/a.yaml is based on this file in turn",
+    "b.yaml": "{}/b.yaml: base: {}/a.yaml is based on this file in turn",
+    "broken.yaml": "{}/broken.yaml, line 1: not valid YAML",
+    "[b.yaml]": "{}/a.yaml: base: must be the name of a file, not ['b.yaml']",
+    '"b\\0"': "{}/a.yaml: base: must be the name of a file",
+    "x" * 300: "File name too long",
+    ".": "Is a directory",
+}
+
+
+@pytest.mark.parametrize(("base", "message"), BASES.items(), ids=range(len(BASES)))
+def test_a_base_that_cannot_be_read_is_one_line(base, message, tmp_path):
+    path = write(tmp_path, a=f"base: {base}\n", b="base: a.yaml\n", broken="[")
+    with pytest.raises(UserError, match=re.escape(message.replace("{}", str(tmp_path)))) as error:
+        configs.load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_entries_are_read_as_people_write_them(tmp_path):
+    for text in ("3e-4", "0.0003", "3.0e-4", ".3e-3", "+3E-4"):
+        assert configs.load(write(tmp_path, c=f"training: {{learning_rate: {text}}}")).training.learning_rate == 3e-4
+        assert from_overrides(f"training.learning_rate={text}").training.learning_rate == 3e-4
+    assert from_overrides("training.batch_size=1e3").training.batch_size == 1000
+    for text in ("inf", ".inf"):
+        assert from_overrides(f"sampler.S_max={text}").sampler.S_max == math.inf
+    for text in ("true", "True"):
+        assert from_overrides(f"training.compile={text}").training.compile is True
+    assert from_overrides("training.max_grad_norm=null").training.max_grad_norm is None
+    assert from_overrides("preconditioning.sigma_data=auto").preconditioning.sigma_data == "auto"
+    for text in ("1e3", "a=b: c", "no"):
+        assert from_overrides(f"data.root={text}").data.root == text
+
+
+def test_yamls_no_is_a_choice(tmp_path):
+    for text in ("no", "'no'"):
+        assert configs.load(write(tmp_path, c=f"training: {{mixed_precision: {text}}}")).training.mixed_precision == "no"
+    assert from_overrides("training.mixed_precision=no").training.mixed_precision == "no"
+
+
+def test_a_checkpoint_carries_its_config():
+    config = configs.load(CONFIGS / "iddpm_small.yaml", ["network.channel_mult=[1, 2, 3]", "training.max_grad_norm=1"])
+    contents = {"name": "iddpm_small", "config": config.to_dict()}
+    assert checkpoint.read_config(contents, "x.pt") == config
+    assert checkpoint.read_config(contents, "x.pt", ["training.seed=7"]).training.seed == 7
+    old = {section: dict(entries) for section, entries in config.to_dict().items()}  # as earlier versions wrote it
+    old["chain"] = {"schedule": "cosine", "num_timesteps": 1000}
+    old["training"]["compile"], old["sampler"]["clip"] = "auto", "true"
+    assert checkpoint.read_config({"name": "iddpm_small", "config": old}, "x.pt") == config
+    assert old["chain"]["schedule"] == "cosine"  # it is left as it was read
+    with pytest.raises(UserError, match=r"^the config in x\.pt: training\.seed: must be"):
+        checkpoint.read_config({"name": "x", "config": {"training": {"seed": "x"}}}, "x.pt")
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize(("section", "key"), ENTRIES, ids=".".join)
+def test_every_entry_is_checked_and_a_misspelt_one_names_it(section, key):
+    with pytest.raises(UserError, match=rf"^x: {section}\.{key}x: unknown key; did you mean '{section}\.{key}'"):
+        configs.from_dict({section: {f"{key}x": 1}}, "x", "x")
+    for wrong in ({"a": 1}, [[1]], -1.5e99, math.nan, "\0", "9" * 400):
+        if key not in ("root", "S_max") or not isinstance(wrong, str):  # a folder may have any name; S_max may be infinite
+            with pytest.raises(UserError, match=rf"^x: {section}\.{key}: (must|unknown choice)") as error:
+                configs.from_dict({section: {key: wrong}}, "x", "x")
+            assert len(str(error.value)) < 200
+
+
+OVERRIDES = {
+    "training.learing_rate=1": "did you mean 'training.learning_rate'",
+    "trainin.seed=1": "did you mean 'training'",
+    "training.seed=-1": "command line: training.seed: must be greater than or equal to 0, not -1",
+    "training.seed=4294967296": "training.seed: must be less than 4294967296, not 4294967296",
+    "training.seed=1.5": "training.seed: must be a whole number, not 1.5",
+    "training.batch_size=true": "training.batch_size: must be a number, not true",
+    "training.batch_size=sixty": "training.batch_size: must be a number, not 'sixty'",
+    "training.learning_rate=.inf": "training.learning_rate: must be a finite number, not inf",
+    "training.learning_rate=0": "training.learning_rate: must be greater than 0, not 0",
+    "training.compile=auto": "training.compile: must be true or false, not 'auto'",
+    "training.accumulation=3": "3 does not divide training.batch_size 64",
+    "sampler.S_max=.nan": "sampler.S_max: must be greater than or equal to 0, not nan",
+    "sampler.S_min=2 sampler.S_max=1": "sampler.S_min: 2.0 must not be above sampler.S_max 1.0",
+    "sampler.alpha=0": "sampler.alpha: must be greater than 0, not 0",
+    "sampler.discretization=dpm": "did you mean 'iddpm'? Allowed: edm, vp, ve, iddpm",
+    "sampler.guidance=2": "needs a class-conditional network",
+    "loss.label_dropout=0.1": "needs a class-conditional network",
+    "loss.noise_distribution=log_normal": "did you mean 'lognormal'",
+    "network.dropout=1": "network.dropout: must be less than 1, not 1",
+    "network.channel_mult=2": "network.channel_mult: must be a list such as [2, 2, 2], not 2",
+    "network.channel_mult=[2, x]": "network.channel_mult: must be a number, not 'x'",
+    "network.channel_mult=[]": "network.channel_mult: must have at least 1 item",
+    "network.channel_mult=[1, 1, 1, 1, 1, 1, 1]": "halve the image 6 times",
+    "network.attn_resolutions=[15]": "15 is not a resolution of this network; allowed: 32, 16, 8",
+    "network.model_channels=33": "network.model_channels: must be a multiple of 2, not 33",
+    "network.augment_dim=3": "network.augment_dim: unknown choice 3; Allowed: 0, 9",
+    "data.augment_probability=0.1": "needs network.augment_dim=9",
+    "data.augment_probability=1.5": "must be less than or equal to 1, not 1.5",
+    "data.dataset=mnits": "unknown choice 'mnits'; did you mean 'mnist'",
+    "data.channels=2": "data.channels: unknown choice 2; Allowed: 1, 3",
+    "data.resolution=16": "padded, never shrunk",
+    "data.dataset=cifar10 data.resolution=64": "cifar10 images have 32 pixels, not 64",
+    "data.dataset=digits data.resolution=256": "drawn at up to 128 pixels",
+    "data.root=": "data.root: must have at least 1 character",
+    "preconditioning.sigma_data=0": "preconditioning.sigma_data: must be greater than 0, not 0",
+    "training.seed": "write section.key=value",
+    "seed=1": "write section.key=value",
+    "training.seed=[": "command line: training.seed, line 1: not valid YAML",
+    "training.seed=!!bool": "not valid YAML",
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), OVERRIDES.items(), ids=OVERRIDES)
+def test_an_impossible_override_is_one_line(overrides, message):
+    parts = overrides.split(" ") if overrides.count("=") == 2 else [overrides]
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        from_overrides(*parts)
+    assert "\n" not in str(error.value)
+
+
+# 40 files with one thing wrong, and what the error says
+DAMAGED = {
+    "data: 3": "data: must be a mapping of entries, not 3",
+    "- 1": "a config is a mapping of sections",
+    "just words": "a config is a mapping of sections",
+    "!!set {data}": "a config is a mapping of sections",
+    "datta: {root: x}": "unknown section 'datta'; did you mean 'data'",
+    "3: {root: x}": "unknown section 3",
+    "name: {x: y}": "unknown section 'name'",
+    "training: {1: 2}": "training: unknown key 1",
+    "training: {null: 2}": "training: unknown key nothing",
+    "data: {[1]: 2}": "line 1: not valid YAML",
+    "data: {{a: 1}: 2}": "line 1: not valid YAML",
+    "data:\n  root: a\n  root: b": "not valid YAML: 'root' is given twice",
+    "data: {root: x}\ndata: {root: y}": "not valid YAML: 'data' is given twice",
+    "data:\n  root: [": "line 2: not valid YAML",
+    "data:\n\troot: x": "line 2: not valid YAML",
+    "training: {<<: 3}": "not valid YAML",
+    "a: 1\n--- \nb: 1": "not valid YAML",
+    "%YAML 9.9\n--- {}": "not valid YAML",
+    "training: *x": "not valid YAML",
+    "training: &x {seed: *x}": "training.seed: must be a whole number, not {'seed'",
+    "data: !!python/object/apply:os.mkdir [bomb]": "not valid YAML",
+    "training: {seed: !!python/name:os.system}": "not valid YAML",
+    "training: {seed: !!int ''}": "not valid YAML",
+    "training: {seed: !!bool x}": "not valid YAML",
+    "training: {seed: !!timestamp x}": "not valid YAML",
+    "training: !!map [a, b]": "not valid YAML",
+    "training: {seed: 2024-13-41}": "not valid YAML",
+    "training: {seed: 2024-01-01}": "training.seed: must be a whole number, not datetime.date(2024, 1, 1)",
+    f"training: {{seed: {'9' * 5000}}}": "not valid YAML",
+    f"training: {{seed: {'9' * 400}}}": "not a number of more than 30 digits",
+    f"training: {{learning_rate: {'1:' * 180}1.5}}": "not valid YAML",
+    "training: {seed: null}": "training.seed: must be a whole number, not nothing",
+    "data: {root: 5}": "data.root: must be text, not 5",
+    "sampler: {solver: [heun]}": "sampler.solver: unknown choice ['heun']",
+    "network: {channel_mult: '123'}": "network.channel_mult: must be a list",
+    "\0": "not valid YAML",
+    "data: {root: a\0b}": "not valid YAML",
+    "\ufeff\ufeffx": "a config is a mapping of sections",
+    "[" * 600: "not valid YAML",
+    "x" * 100_000: "a config is a mapping of sections",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), DAMAGED.items(), ids=range(len(DAMAGED)))
+def test_a_damaged_file_is_one_line(text, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path, bad=text)
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        configs.load(path)
+    assert str(error.value).startswith(str(path))
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
+    assert [file.name for file in tmp_path.iterdir()] == ["bad.yaml"]
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
+    write(tmp_path, tiny="")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xfa")
+    for name, message in {
+        "tinny.yaml": r"No such file or directory; did you mean '.*tiny\.yaml'",
+        "": "Is a directory",
+        "binary.yaml": "it is not UTF-8 text",
+        "x" * 300: "File name too long",
+        "x" * 300 + "/y.yaml": "File name too long",
+    }.items():
+        with pytest.raises(UserError, match=rf"^cannot read the config .*: {message}"):
+            configs.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", "", "a\nb", 5])
+def test_a_name_from_a_stranger_cannot_leave_the_output_folder(name):
+    with pytest.raises(UserError, match="cannot be the name of an output folder"):
+        configs.from_dict({}, name, "x")
+
+
+def test_values_are_shown_in_brief():
+    value = ["x"]
+    for _ in range(100):
+        value = [value, value]
+    for other in (value, "x" * 10**6, 10**5000, {"a": value}, "a\nb", None, True):
+        assert len(brief(other)) <= 60
+        assert "\n" not in brief(other)
+
+
+# Choices that do not fit together
+
+
+UNFIT = {
+    "sampler.sigma_min=100": "sampler: sigma_min 100 must be below sigma_max 80",
+    "sampler.discretization=iddpm sampler.sampling_steps=2000": "noise levels from 0.002 to 81, too few for 2000 steps",
+    "sampler.schedule=vp sampler.sigma_min=20": "no VP schedule rises from 20 to 80",
+    "sampler.schedule=vp sampler.sigma_min=0.12 sampler.S_churn=40": "no time at which the noise level is 113.137",
+    "sampler.discretization=vp sampler.sigma_max=0.5 sampler.sigma_min=0.4": "no VP schedule rises from 0.4 to 0.5",
+    "preconditioning.formulation=ve sampler.sigma_max=0.01": "must be below sigma_max 0.01; the denoiser knows 0.02 to 100",
+    "sampler.solver=ancestral sampler.sampling_steps=1001": "sampler: the chain has 1000 timesteps, too few for 1001 steps",
+    "sampler.solver=ddim preconditioning.formulation=ve": "the formulation ve does not know the noise levels of the chain",
+    "sampler.solver=ancestral sampler.variance=learned_range": "the formulation edm has learned no variance",
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), UNFIT.items(), ids=range(len(UNFIT)))
+def test_a_sampler_that_does_not_fit_together_is_one_line(overrides, message):
+    config = from_overrides(*overrides.split())
+    with pytest.raises(UserError, match=re.escape(message)):
+        build_sampler(config)
+
+
+def test_a_loss_that_does_not_fit_together_is_one_line():
+    for overrides, message in {
+        "loss.objective=hybrid": "needs preconditioning.formulation=improved_ddpm",
+        "loss.objective=vlb preconditioning.formulation=improved_ddpm": "needs the timesteps of a chain",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            build_chain_loss(from_overrides(*overrides.split()))
+
+
+def test_the_range_of_noise_levels_is_the_samplers_within_what_the_network_knows():
+    for formulation, ends in {"edm": (80, 0.002), "ve": (80, 0.02)}.items():
+        steps, _ = sampling_plan(from_overrides(f"preconditioning.formulation={formulation}"))
+        assert (steps[0].item(), steps[-2].item(), steps[-1].item()) == pytest.approx((*ends, 0))

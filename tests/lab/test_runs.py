@@ -1,0 +1,344 @@
+"""A run's folder: what it holds, how a run is resumed, and what is never overwritten."""
+
+import json
+import math
+import os
+import re
+import resource
+
+import pytest
+import torch
+from PIL import Image
+
+from edm.loss import NUM_BANDS
+from lab import checkpoint
+from lab import config as configs
+from lab.checkpoint import saved_steps
+from lab.cli import UserError
+from lab.device import explain_out_of_memory
+from lab.distributed import World
+from lab.pictures import running_means
+from lab.run import LossLog
+
+LAST_STEP = "--num_training_steps"
+IMPORTANCE = ["preconditioning.formulation=improved_ddpm", "loss.objective=hybrid", "loss.noise_distribution=importance"]
+IMPORTANCE += ["loss.weighting=iddpm", "chain.betas=cosine", "chain.num_timesteps=2", "training.batch_size=8"]
+AUGMENTED = ["network.augment_dim=9", "data.augment_probability=0.5", "training.accumulation=2"]
+
+
+def contents_of(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# What a run leaves, and how it goes on
+
+
+def test_a_run_leaves_its_pictures_record_and_checkpoints(trained):
+    folder = trained.parent
+    names = {"diffusion-3.pt", "diffusion-6.pt", "sample-3.png", "sample-6.png", "metrics.jsonl", "loss.png"}
+    assert {path.name for path in folder.iterdir()} == names
+    with Image.open(folder / "sample-6.png") as picture:  # a column for each of the two classes, and two rows
+        assert picture.size == (2 * 10 + 2, 2 * 10 + 2)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["images"], len(row["by_noise_level"])) for row in rows] == [
+        (step, 4 * step, NUM_BANDS) for step in range(1, 7)
+    ]
+    losses = checkpoint.load(trained)["losses"]
+    assert losses[:, 0].tolist() == [row["loss"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("options", "stop_at"), [([], 3), (AUGMENTED, 4), (IMPORTANCE, 4)], ids=["edm", "augmented", "importance"]
+)
+def test_a_resumed_run_equals_an_undisturbed_one(train, tiny, last, same, options, stop_at):
+    """Bit for bit, with dropout and hidden labels: weights, average, Adam, what importance sampling has learned, the record."""
+    whole = train(tiny, *options, output="whole")
+    train(tiny, *options, LAST_STEP, stop_at, output="parts")
+    parts = train(tiny, *options, "--resume_from", "latest", output="parts")
+    assert last(whole)["step"] == 6
+    assert same(last(whole), last(parts))
+    assert (whole / "metrics.jsonl").read_text() == (parts / "metrics.jsonl").read_text()
+    if options is IMPORTANCE:  # the draws did depend on the history when the run was stopped
+        assert checkpoint.load(parts / "diffusion-4.pt")["noise_distribution"]["history"].isfinite().all()
+
+
+def test_the_record_goes_on_where_the_checkpoint_is(train, tiny, steps_recorded):
+    """Rows of steps that are done again, and half a row, are replaced."""
+    folder = train(tiny, LAST_STEP, 3)
+    before = (folder / "metrics.jsonl").read_bytes()
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 4}\n\xff{"st')
+    train(tiny, "--resume_from", "latest")
+    assert (folder / "metrics.jsonl").read_bytes().startswith(before)
+    assert steps_recorded(folder) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_finished_run_gets_what_it_lacks_and_can_be_prolonged(train, tiny, capsys):
+    folder = train(tiny, LAST_STEP, 3)
+    before = contents_of(folder)
+    (folder / "sample-3.png").unlink()
+    capsys.readouterr()
+    train(tiny, LAST_STEP, 3, "--resume_from", "latest")
+    assert "Done: 0 steps" in capsys.readouterr().out
+    assert contents_of(folder) == before
+    train(tiny, LAST_STEP, 4, "--resume_from", "latest")
+    assert saved_steps(folder) == [3, 4]
+
+
+def test_a_damaged_checkpoint_is_passed_over(train, tiny, last, same, capsys):
+    folder = train(tiny)
+    good = last(folder)
+    path = folder / "diffusion-6.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    train(tiny, "--resume_from", "latest")
+    out = capsys.readouterr().out
+    assert "diffusion-6.pt is damaged" in out
+    assert f"Going on from {folder / 'diffusion-3.pt'}" in out
+    assert same(last(folder), good)
+    for step in (3, 6):
+        (folder / f"diffusion-{step}.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="has no whole checkpoint"):
+        train(tiny, "--resume_from", "latest")
+
+
+def test_a_new_run_may_start_with_the_weights_of_another(train, tiny, trained, last, same):
+    folder = train(tiny, LAST_STEP, 1, "training.learning_rate=1e-30", "--load_model_weights_from_checkpoint", trained)
+    assert last(folder)["step"] == 1
+    assert same(last(folder)["net"], checkpoint.load(trained)["ema"])
+
+
+def test_resuming_says_what_differs_and_refuses_what_cannot_fit(train, tiny, capsys):
+    folder = train(tiny, LAST_STEP, 1)
+    train(tiny, LAST_STEP, 2, "training.learning_rate=1e-5", "network.dropout=0.3", "--resume_from", "latest")
+    expected = "though with another network.dropout (0.1, now 0.3), training.learning_rate (0.001, now 1e-05)\n"
+    assert expected in capsys.readouterr().out
+    for change, difference in {
+        "network.model_channels=16": r"network.model_channels \(8, now 16\)",
+        "preconditioning.sigma_data=1": r"preconditioning.sigma_data \(0.5, now 1.0\)",
+        "chain.betas=cosine": r"chain.betas \('linear', now 'cosine'\)",
+    }.items():
+        with pytest.raises(UserError, match=rf"no run can go on from .*diffusion-2.pt with another {difference}"):
+            train(tiny, change, "--resume_from", "latest")
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        train(tiny, "--resume_from", "latest", output="elsewhere")
+    assert saved_steps(folder) == [1, 2]
+
+
+# What is never overwritten
+
+
+def test_a_new_run_touches_no_other_unless_asked_and_then_moves_it_aside(train, tiny, tmp_path, capsys):
+    folder = train(tiny, LAST_STEP, 1)
+    before = contents_of(folder)
+    with pytest.raises(UserError, match=r"another run: .*--resume_from latest.*--overwrite \(.*diffusion-1\.pt\)"):
+        train(tiny, "--seed", 1)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    with pytest.raises(UserError, match="another run"):
+        train(tiny, "--data_root", tmp_path / "broken")
+    assert contents_of(folder) == before
+    for aside in ("tiny.old", "tiny.old2"):
+        train(tiny, "--seed", 1, LAST_STEP, 2, "--overwrite")
+        assert f"Moved the earlier run to {folder.with_name(aside)}\n" in capsys.readouterr().out
+        assert saved_steps(folder) == [2]
+    assert contents_of(folder.with_name("tiny.old")) == before
+    assert saved_steps(folder.with_name("tiny.old2")) == [2]
+
+
+def test_resuming_from_an_earlier_checkpoint_renames_the_later_ones(train, tiny, steps_recorded):
+    """Otherwise "latest" would be a checkpoint of the run that was left; and it takes no name that is taken."""
+    folder = train(tiny)
+    old = (folder / "diffusion-6.pt").read_bytes()
+    earlier = ("--resume_from", folder / "diffusion-3.pt")
+    train(tiny, LAST_STEP, 4, *earlier)
+    assert saved_steps(folder) == [3, 4]
+    assert steps_recorded(folder) == [1, 2, 3, 4]
+    train(tiny, *earlier)
+    train(tiny, LAST_STEP, 4, *earlier)
+    assert {path.name for path in folder.glob("*.old*")} == {f"diffusion-{n}" for n in ("4.pt.old", "6.pt.old", "6.pt.old2")}
+    assert (folder / "diffusion-6.pt.old").read_bytes() == old
+    before = contents_of(folder)
+    with pytest.raises(UserError, match="at step 3 already"):
+        train(tiny, LAST_STEP, 2, *earlier)
+    assert contents_of(folder) == before
+
+
+def test_going_on_from_elsewhere_treats_the_folder_as_another_runs(train, tiny, trained, last, same, steps_recorded):
+    """Its checkpoints of earlier steps included: they are not deleted by `keep_last`, and "latest" does not find them."""
+    folder = train(tiny, "--seed", 1)
+    before = contents_of(folder)
+    longer = (LAST_STEP, 9, "--resume_from", trained, "checkpoint.keep_last=1")
+    with pytest.raises(UserError, match="holds the checkpoints of another run: .*--overwrite"):
+        train(tiny, *longer)
+    assert contents_of(folder) == before
+    train(tiny, *longer, "--overwrite")
+    assert contents_of(folder.with_name("tiny.old")) == before
+    assert saved_steps(folder) == [9]
+    assert steps_recorded(folder) == list(range(1, 10))
+    undisturbed = train(tiny, LAST_STEP, 9, "checkpoint.keep_last=1", output="undisturbed")
+    assert same(last(folder) | {"config": 0}, last(undisturbed) | {"config": 0})
+
+
+def test_torchrun_resumes_what_it_restarts_and_nothing_else(train, tiny, at_step, last, same):
+    """It calls the same command again after a crash, `--overwrite` included; its store outlives the processes."""
+    folder = train(tiny, LAST_STEP, 1)
+    command = (tiny, "--seed", 1, LAST_STEP, 5, "--overwrite")
+    undisturbed = train(*command, output="undisturbed")
+    early, late = iter([True, False]), iter([True, False])
+    at_step(2, lambda learner: next(early) and 1 / 0)
+    at_step(4, lambda learner: next(late) and 1 / 0)
+    world = World(store=torch.distributed.HashStore())
+    for saved in ([], [3]):
+        with pytest.raises(ZeroDivisionError):
+            train(*command, world=world)
+        assert saved_steps(folder) == saved
+    train(*command, world=world)
+    assert same(last(folder), last(undisturbed))
+    assert sorted(path.name for path in folder.parent.iterdir() if path.is_dir()) == ["tiny", "tiny.old"]
+    with pytest.raises(UserError, match="holds the checkpoints of another run"):  # another torchrun knows nothing of it
+        train(tiny, world=World(store=torch.distributed.HashStore()))
+
+
+def test_only_the_last_checkpoints_and_milestones_are_kept(train, tiny):
+    every = (LAST_STEP, 9, "--save_and_sample_every_n", 1, "sampler.num_samples=1", "sampler.sampling_steps=1")
+    folder = train(tiny, *every, "checkpoint.keep_last=2", "checkpoint.keep_every_n=3")
+    assert saved_steps(folder) == [3, 6, 8, 9]
+
+
+# When something goes wrong
+
+
+KILLED = """
+import itertools, os, signal, sys
+import lab.run, train_mnist
+from pathlib import Path
+
+lab.run.pictures.save_loss_curve = lambda path, *losses: lab.run.write_atomically(path, lambda file: file.write(b"a curve"))
+CHANGES = ("os.mkdir", "os.rename", "os.remove")
+
+def run(output, kill_at, *options):
+    # Train in a child process, which is killed at its n-th change of a file in the output folder, from 1; returns its status.
+    if (child := os.fork()) > 0:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    changes = itertools.count(1)
+    def watch(event, arguments):
+        changing = event in CHANGES or event == "open" and isinstance(arguments[1], str) and arguments[1][0] in "aw"
+        if changing and output in str(arguments[0]) and next(changes) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(watch)
+    sys.argv = ["train_mnist.py", "--config_path", "tiny.yaml", "--output_dir", output, *OPTIONS, *options]
+    try:
+        train_mnist.main()
+        os._exit(0)
+    except BaseException as error:
+        print(repr(error), file=sys.stderr)
+    os._exit(1)
+
+for kill_at in range(1, 1000, STRIDE):
+    output = f"killed-{kill_at}"
+    if run(output, kill_at) == 0:  # it makes fewer changes
+        os.rename(output, "undisturbed")
+        break
+    folder = Path(output, "image/image_folder/tiny")
+    assert run(output, 0, *["--resume_from", "latest"] * any(folder.glob("diffusion-*.pt"))) == 0, kill_at
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_killed_run_can_always_go_on(start, tiny, tmp_path, same):
+    """Killed at every third moment at which it changes a file; the result is that of a run which nothing disturbed."""
+    options = [LAST_STEP, "2", "--save_and_sample_every_n", "1", "checkpoint.keep_last=1", "sampler.num_samples=1"]
+    (tmp_path / "killed.py").write_text(KILLED.replace("OPTIONS", repr(options)[1:-1]).replace("STRIDE", "3"))
+    driver = start(tmp_path / "killed.py")
+    out, err = driver.communicate(timeout=300)
+    assert driver.returncode == 0, out + err
+    undisturbed, *others = sorted(tmp_path.glob("*/image/image_folder/tiny"), key=lambda path: path.parts, reverse=True)
+    assert len(others) > 5
+    for folder in others:
+        assert {path.name for path in folder.iterdir()} == {path.name for path in undisturbed.iterdir()}
+        assert (folder / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+        assert same(*(checkpoint.load(path / "diffusion-2.pt") for path in (folder, undisturbed)))
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="no limits on file sizes")
+def test_a_full_disk_is_one_line_whatever_it_is_that_does_not_fit(script, tiny, tmp_path, steps_recorded):
+    """A limit on the size of files, so that record, pictures and checkpoints fail in turn; what was there stays whole."""
+    folder = tmp_path / "output/image/image_folder/tiny"
+    call = ("train_mnist.py", "--config_path", tiny)
+    assert script(*call, LAST_STEP, 3)[0] == 0
+    before = contents_of(folder)
+    failed, unlimited = [], resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (0, 1000, 30_000, len(before["diffusion-3.pt"]) - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+        try:
+            code, _, err = script(*call, "--resume_from", "latest")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        assert code == 2, limit
+        message = err.replace("\r", "\n").strip().splitlines()[-1]
+        failed.append(re.fullmatch(r"error: cannot write .*/([\w.-]+): File too large", message)[1])
+        assert "Traceback" not in err
+        assert contents_of(folder) | {"metrics.jsonl": 0} == before | {"metrics.jsonl": 0}
+    assert failed == ["metrics.jsonl", "metrics.jsonl", "diffusion-6.pt", "diffusion-6.pt"]
+    assert script(*call, "--resume_from", "latest")[0] == 0
+    assert steps_recorded(folder) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(train, tiny, last, same):
+    folder = train(tiny)
+    good = last(folder)
+    options = (LAST_STEP, 2000, "training.learning_rate=1e6", "--save_and_sample_every_n", 20, "--resume_from", "latest")
+    with pytest.raises(UserError, match=r"has diverged at step \d+: .*training\.learning_rate.*diffusion-6\.pt\)"):
+        train(tiny, *options)
+    assert saved_steps(folder) == [3, 6]
+    assert same(last(folder), good)
+
+
+@pytest.mark.parametrize(
+    ("losses", "diverged"),
+    [
+        ([100.0] * 50, False),
+        ([100.0] * 50 + [math.nan] * 3, False),  # an overflow or two, as fp16 has them
+        ([100.0] * 50 + [1e9] * 4 + [100.0] * 2, False),
+        ([100.0] * 50 + [math.nan] * 6, True),
+        ([100.0] * 50 + [math.inf, math.nan, 1e9] * 2, True),
+        ([100.0] * 50 + [9_000.0] * 20, False),  # bad, but no worse than where training can begin
+        ([100.0] * 50 + [20_000.0] * 6, True),
+        ([1e9] + [2e9] * 30, False),  # odd settings begin as high
+        ([100.0, 1e9], False),
+        ([100.0, 1e9, 1e9], True),
+        ([math.nan], True),
+        ([], False),
+    ],
+)
+def test_divergence(tiny, losses, diverged):
+    log = LossLog(None, configs.load(tiny), {"step": len(losses), "losses": torch.tensor(losses)[:, None]})
+    assert log.has_diverged() == diverged
+
+
+def test_a_suspicious_loss_deletes_no_checkpoint(train, tiny, monkeypatch):
+    """One that is not finite, which an overflow in fp16 may explain, or the beginning of the end."""
+    monkeypatch.setattr(train_mnist, "by_noise_level", lambda loss, *rest: loss.new_zeros(NUM_BANDS))
+    record = Run.record
+    monkeypatch.setattr(Run, "record", lambda run, losses: record(run, losses * math.nan if len(run.log.pending) == 1 else losses))
+    assert saved_steps(train(tiny, "checkpoint.keep_last=1")) == [3, 6]
+
+
+def test_running_out_of_memory_is_explained(train, tiny, at_step):
+    def fail(learner):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore.")
+
+    at_step(2, fail)
+    message = r"out of memory: lower training\.batch_size.*accumulation.*mixed_precision .*\(CUDA out of memory.*GiB\.\)$"
+    with pytest.raises(UserError, match=message):
+        train(tiny)
+    with pytest.raises(UserError, match=r"out of memory: less \("), explain_out_of_memory("less"):
+        torch.empty(2**50)
+    with pytest.raises(RuntimeError, match="shapes"), explain_out_of_memory("less"):
+        torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+def test_running_means_pass_over_what_is_missing():
+    records = torch.tensor([[1, math.nan], [2, 4], [6, math.nan], [1, math.inf], [math.inf, 7]], dtype=torch.float64)
+    expected = torch.tensor([[1.5, 4], [4, 4], [3.5, math.nan], [1, 7]], dtype=torch.float64)
+    torch.testing.assert_close(running_means(records, 2), expected, equal_nan=True)

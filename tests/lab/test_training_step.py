@@ -1,0 +1,198 @@
+"""The training step: by hand and in the loop, its draws, its losses, and how it updates the weights."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from torch.nn.functional import one_hot
+
+from edm.loss import NOISE_BANDS
+from edm.unet import DDPMpp
+from lab import config as configs
+from lab.cli import UserError
+from lab.data import as_tensors, open_dataset, shuffled_batches
+from lab.learner import Learner
+from lab.seeds import generator_for, seed_for
+
+CPU = torch.device("cpu")
+
+
+def rows(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder) -> list[float]:
+    return [row["loss"] for row in rows(folder)]
+
+
+def test_three_steps_by_hand(train, tiny, last, same):
+    """The paper's training, written down once more without the code under test: every bit of the result is the same."""
+    seed, P_mean, P_std, sigma_data, batch_size, label_dim = 0, -1.2, 1.2, 0.5, 4, 2
+
+    torch.manual_seed(seed_for(seed, "initial weights"))
+    F = DDPMpp(8, 3, label_dim=2, model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.1)
+    F = F.to(memory_format=torch.channels_last)  # the layout decides in which order sums are rounded
+    average = copy.deepcopy(F)
+    adam = torch.optim.Adam(F.parameters(), betas=(0.9, 0.999), eps=1e-8, fused=True)
+    images, classes = as_tensors(open_dataset(configs.load(tiny)))
+    expected_losses = []
+
+    for step, index in zip((1, 2, 3), shuffled_batches(len(images), batch_size, seed)):
+        # Draw y, sigma and n (Eq. 8), and hide a fifth of the labels.
+        generator = generator_for(seed, "step", step)
+        y = (images[index] / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        sigma = (P_mean + P_std * torch.randn(batch_size, generator=generator)).exp()
+        n = sigma.view(-1, 1, 1, 1) * torch.randn(y.shape, generator=generator)
+        shown = torch.rand(batch_size, generator=generator) >= 0.2
+        labels = one_hot(classes[index], label_dim) * shown.view(-1, 1)
+
+        # The denoiser of Table 1's EDM column: D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (Eq. 7).
+        s = sigma.view(-1, 1, 1, 1)
+        c_skip = sigma_data**2 / (s**2 + sigma_data**2)
+        c_out = s * sigma_data / (s**2 + sigma_data**2).sqrt()
+        c_in = 1 / (s**2 + sigma_data**2).sqrt()
+        c_noise = sigma.log() / 4
+        torch.manual_seed(seed_for(seed, "dropout", step))
+        D = c_skip * (y + n) + c_out * F(c_in * (y + n), c_noise, labels)
+
+        # lambda(sigma) |D(y + n; sigma) - y|^2, averaged over the batch.
+        weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+        loss = (weight * (D - y).square().sum(dim=(1, 2, 3))).mean()
+        expected_losses.append(loss.item())
+
+        # Adam, with the learning rate rising over 8 images; then the average of the weights.
+        images_seen = step * batch_size
+        adam.param_groups[0]["lr"] = 1e-3 * min(images_seen / 8, 1)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        halflife = min(100, 0.05 * images_seen)
+        with torch.no_grad():
+            for mean, weight in zip(average.parameters(), F.parameters()):
+                mean.lerp_(weight, 1 - 0.5 ** (batch_size / halflife))
+
+    folder = train(tiny, "--num_training_steps", 3)
+    assert losses(folder) == expected_losses
+    trained = last(folder)
+    assert same(trained["net"], {f"model.{name}": weight for name, weight in F.state_dict().items()})
+    assert same(trained["ema"], {f"model.{name}": weight for name, weight in average.state_dict().items()})
+    assert same(trained["optimizer"], adam.state_dict()["state"])
+
+
+def test_the_initial_loss_is_one_for_each_pixel(train, tiny_both):
+    """A new network puts out nearly 0, so D is c_skip x, and EDM's weight makes a loss of 1 of it for data of sigma_data."""
+    folder = train(tiny_both, "preconditioning.sigma_data=auto", "--batch_size", 500, "--num_training_steps", 1)
+    pixels = configs.load(tiny_both).data.channels * 8 * 8
+    assert losses(folder)[0] == pytest.approx(pixels, rel=0.03)
+
+
+def test_a_run_depends_on_its_seed(train, tiny):
+    runs = [losses(train(tiny, "--seed", seed, "--num_training_steps", 2, output=f"{i}")) for i, seed in enumerate((0, 0, 1))]
+    assert runs[0] == runs[1] != runs[2]
+
+
+AUGMENTED = ["network.augment_dim=9", "data.augment_probability=0.5"]
+
+
+@pytest.mark.parametrize("augmentation", [[], AUGMENTED], ids=["plain", "augmented"])
+def test_accumulation_does_not_change_the_step(train, tiny, last, augmentation):
+    """Without dropout, four parts of one image give the gradients, and so the weights, of one part of four."""
+    options = ["network.dropout=0", "--num_training_steps", 3, *augmentation]
+    folders = [train(tiny, *options, f"training.accumulation={parts}", output=f"{parts}") for parts in (1, 2, 4)]
+    for folder in folders[1:]:
+        assert losses(folder) == pytest.approx(losses(folders[0]), rel=1e-5)
+        torch.testing.assert_close(last(folder)["net"], last(folders[0])["net"], rtol=1e-3, atol=1e-5)
+
+
+def test_losses_are_recorded_by_noise_level(train, tiny):
+    """Weighted by how many images a band has, the bands' mean losses give the batch's; a band without images has none."""
+    folder = train(tiny, "--batch_size", 32, "loss.P_std=2", "--num_training_steps", 3)
+    for row in rows(folder):
+        sigma = (-1.2 + 2 * torch.randn(32, generator=generator_for(0, "step", row["step"]))).exp()
+        counts = torch.bucketize(sigma, torch.tensor(NOISE_BANDS)).bincount(minlength=len(NOISE_BANDS) + 1).tolist()
+        bands = row["by_noise_level"]
+        assert [band is None for band in bands] == [count == 0 for count in counts]
+        assert sum(count * (band or 0) for count, band in zip(counts, bands)) / 32 == pytest.approx(row["loss"], rel=1e-5)
+
+
+# The update
+
+
+def gradient_step(learner: Learner, value: float, images_seen: int = 1000) -> torch.Tensor:
+    """Take a step with all gradients equal to `value`; returns the gradient that Adam was given, if this is its first step."""
+    scale = learner.scaler.scale(torch.ones(())).item()
+    for parameter in learner.net.parameters():
+        parameter.grad = torch.full_like(parameter, scale * value)
+    learner.optimizer_step(images_seen)
+    beta1 = learner.config.training.adam_beta1
+    averages = [state["exp_avg"].flatten() for state in learner.optimizer.state_dict()["state"].values()]
+    return torch.cat(averages) / (1 - beta1) if averages else torch.zeros(0)
+
+
+@pytest.mark.parametrize(("value", "mended"), [(math.nan, 0.0), (math.inf, 1e5), (-math.inf, -1e5), (3.0, 3.0)])
+def test_gradients_that_are_not_finite_are_replaced(tiny, value, mended):
+    learner = Learner(configs.load(tiny), CPU)
+    gradient = gradient_step(learner, value)
+    torch.testing.assert_close(gradient, torch.full_like(gradient, mended))
+    assert all(weight.isfinite().all() for weight in learner.net.parameters())
+
+
+def test_an_overflow_in_fp16_skips_the_step_and_halves_the_scale(tiny):
+    learner = Learner(configs.load(tiny, ["training.mixed_precision=fp16"]), CPU)
+    before = copy.deepcopy(learner.net.state_dict())
+    gradient_step(learner, math.inf)
+    assert all(torch.equal(weight, before[name]) for name, weight in learner.net.state_dict().items())
+    assert learner.scaler.get_scale() == 2**16 / 2
+    gradient = gradient_step(learner, 3.0)
+    torch.testing.assert_close(gradient, torch.full_like(gradient, 3.0))
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for(tiny):
+    gradient = gradient_step(Learner(configs.load(tiny, ["training.max_grad_norm=2"]), CPU), 1.0)
+    assert gradient.norm().item() == pytest.approx(2, rel=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 1000])
+def test_the_learning_rate_depends_on_the_images_seen_and_not_on_the_length_of_the_run(tiny, steps):
+    """So that a run can be prolonged, or stopped and resumed, without changing what came before."""
+    options = ["training.lr_rampup_images=100", "training.learning_rate=0.01", f"training.num_training_steps={steps}"]
+    for halving, expected in {
+        "null": {4: 0.0004, 50: 0.005, 100: 0.01, 1000: 0.01},
+        "1000": {50: 0.005 * 0.5**0.05, 1000: 0.005, 3000: 0.00125},
+    }.items():
+        learner = Learner(configs.load(tiny, [*options, f"training.lr_halflife_images={halving}"]), CPU)
+        for images_seen, rate in expected.items():
+            gradient_step(learner, 1.0, images_seen)
+            assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+
+
+# What a checkpoint restores
+
+
+@pytest.mark.parametrize(("before", "after"), [("fp16", "no"), ("no", "fp16")])
+def test_a_run_may_change_its_precision_and_its_settings_of_adam(tiny, same, before, after):
+    learner = Learner(configs.load(tiny, [f"training.mixed_precision={before}"]), CPU)
+    gradient_step(learner, 3.0)
+    other = Learner(configs.load(tiny, [f"training.mixed_precision={after}", "training.adam_beta2=0.9"]), CPU)
+    other.load_state_dict(learner.state_dict(), "x.pt")
+    assert same(other.net.state_dict(), learner.net.state_dict())
+    assert other.optimizer.param_groups[0]["betas"] == (0.9, 0.9)
+    assert same(other.optimizer.state_dict()["state"], learner.optimizer.state_dict()["state"])
+
+
+@pytest.mark.parametrize("damage", ["shape", "missing", "empty"])
+def test_an_optimizer_of_another_network_is_refused(tiny, damage):
+    """Before Adam writes past the end of its moments."""
+    learner = Learner(configs.load(tiny), CPU)
+    gradient_step(learner, 1.0)
+    state = learner.state_dict()
+    if damage == "shape":
+        state["optimizer"][0]["exp_avg"] = torch.zeros(3)
+    elif damage == "missing":
+        del state["optimizer"][1]["exp_avg_sq"]
+    else:
+        state["optimizer"] = {}
+    with pytest.raises(UserError, match=r"optimizer in x\.pt is damaged, or belongs to another network"):
+        learner.load_state_dict(state, "x.pt")
