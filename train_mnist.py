@@ -44,7 +44,7 @@ def train(config: Config, args: argparse.Namespace, device: torch.device, world:
     if batch_size < world.size:
         raise UserError(f"training.batch_size: {batch_size} images cannot be divided between {world.size} processes")
     dataset = world.rank_zero_first(lambda: open_dataset(config))
-    config = with_measured_sigma_data(config, dataset)
+    config = world.broadcast(lambda: with_measured_sigma_data(config, dataset))
     with Run(args.output_dir / "image" / config.data.dataset / config.name, config, world) as run:
         build_sampler(config)  # refuses an impossible one now, not at the first sample grid
         weighting = build_weighting(config)  # lambda(sigma)

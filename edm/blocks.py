@@ -43,7 +43,7 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
     groups = max(1, min(32, channels // 4))
     if channels % groups:
         raise ValueError(
-            f"a layer of {channels} channels cannot be normalized in {groups} equal groups; "
+            f"a layer of {channels} channels cannot be normalised in {groups} equal groups; "
             "choose model_channels and channel_mult so that all widths and their sums are multiples of 32, or of 4 up to 128"
         )
     return nn.GroupNorm(groups, channels, eps=eps)

@@ -201,7 +201,7 @@ class PreconditionedDenoiser(nn.Module):
             all_outputs: append the network's further outputs (`Preconditioning.outputs`) to D, along the channels.
 
         Returns:
-            (B, C, H, W), the expected clean images.
+            (B, C, H, W), the expected clean images; with `all_outputs` (B, outputs C, H, W).
         """
         c_skip, c_out, c_in, c_noise = (getattr(self.preconditioning, c) for c in ("c_skip", "c_out", "c_in", "c_noise"))
         dtype, channels = next(self.model.parameters()).dtype, x.shape[1]

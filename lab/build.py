@@ -216,7 +216,9 @@ def known_chain(config: Config, num_steps: int) -> Chain:
         chain = build_chain(config).strided(num_steps)
     except ValueError as error:
         raise UserError(f"sampler: {error}") from None
-    if chain.sigma[-1] > known.sigma_max or not torch.allclose(known.round_sigma(chain.sigma), chain.sigma, rtol=1e-9, atol=0):
+    tolerance = 1e-9  # the noise levels of `iddpm` and those of its chain differ by rounding
+    highest, rounded = chain.sigma[-1] / (1 + tolerance), known.round_sigma(chain.sigma)
+    if highest > known.sigma_max or not torch.allclose(rounded, chain.sigma, rtol=tolerance, atol=0):
         raise UserError(
             f"sampler: the formulation {formulation} does not know the noise levels of the chain; choose the solver heun or "
             "euler, or a network with the formulation edm, iddpm, ddpm or improved_ddpm"

@@ -228,11 +228,12 @@ class Run:
             loss, sigma, importance: (batch_size,), one for each image of the batch of all ranks.
         """
         self.log.add(loss, sigma, importance)
-        if self.bar.update():  # the bar is being redrawn: only then are the losses fetched from the device
+        self.signum = self.world.all_reduce_max(self.signum)
+        # After Ctrl-C, whoever reads the bar may be gone, as in `... | tee log`.
+        if not self.signum and self.bar.update():  # redrawn: only then are the losses fetched from the device
             self.log.flush()
             rate = (self.bar.format_dict["rate"] or 0) * self.config.training.batch_size
             self.bar.set_postfix_str(f"loss {self.log.mean():.1f}, {rate:.0f} images/s")
-        self.signum = self.world.all_reduce_max(self.signum)
         self.stopping = self.world.all_reduce_max(self.signum > 0 or self.log.has_diverged()) > 0
 
     def save(self, step: int, learner: Learner) -> None:

@@ -1,5 +1,6 @@
 """A run's folder: what it holds, how a run is resumed, and what is never overwritten."""
 
+import itertools
 import json
 import math
 import os
@@ -17,8 +18,8 @@ from lab.checkpoint import saved_steps
 from lab.cli import UserError
 from lab.device import explain_out_of_memory
 from lab.distributed import World
+from lab.losslog import LossLog
 from lab.pictures import running_means
-from lab.run import LossLog
 
 LAST_STEP = "--num_training_steps"
 IMPORTANCE = ["preconditioning.formulation=improved_ddpm", "loss.objective=hybrid", "loss.noise_distribution=importance"]
@@ -137,12 +138,12 @@ def test_a_new_run_touches_no_other_unless_asked_and_then_moves_it_aside(train, 
     with pytest.raises(UserError, match="another run"):
         train(tiny, "--data_root", tmp_path / "broken")
     assert contents_of(folder) == before
-    for aside in ("tiny.old", "tiny.old2"):
+    for aside in ("tiny.old", "tiny.old1"):
         train(tiny, "--seed", 1, LAST_STEP, 2, "--overwrite")
         assert f"Moved the earlier run to {folder.with_name(aside)}\n" in capsys.readouterr().out
         assert saved_steps(folder) == [2]
     assert contents_of(folder.with_name("tiny.old")) == before
-    assert saved_steps(folder.with_name("tiny.old2")) == [2]
+    assert saved_steps(folder.with_name("tiny.old1")) == [2]
 
 
 def test_resuming_from_an_earlier_checkpoint_renames_the_later_ones(train, tiny, steps_recorded):
@@ -155,7 +156,7 @@ def test_resuming_from_an_earlier_checkpoint_renames_the_later_ones(train, tiny,
     assert steps_recorded(folder) == [1, 2, 3, 4]
     train(tiny, *earlier)
     train(tiny, LAST_STEP, 4, *earlier)
-    assert {path.name for path in folder.glob("*.old*")} == {f"diffusion-{n}" for n in ("4.pt.old", "6.pt.old", "6.pt.old2")}
+    assert {path.name for path in folder.glob("*.old*")} == {f"diffusion-{n}" for n in ("4.pt.old", "6.pt.old", "6.pt.old1")}
     assert (folder / "diffusion-6.pt.old").read_bytes() == old
     before = contents_of(folder)
     with pytest.raises(UserError, match="at step 3 already"):
@@ -168,7 +169,7 @@ def test_going_on_from_elsewhere_treats_the_folder_as_another_runs(train, tiny, 
     folder = train(tiny, "--seed", 1)
     before = contents_of(folder)
     longer = (LAST_STEP, 9, "--resume_from", trained, "checkpoint.keep_last=1")
-    with pytest.raises(UserError, match="holds the checkpoints of another run: .*--overwrite"):
+    with pytest.raises(UserError, match=r"holds the checkpoints of another run: .*--overwrite"):
         train(tiny, *longer)
     assert contents_of(folder) == before
     train(tiny, *longer, "--overwrite")
@@ -210,10 +211,11 @@ def test_only_the_last_checkpoints_and_milestones_are_kept(train, tiny):
 
 KILLED = """
 import itertools, os, signal, sys
-import lab.run, train_mnist
+import train_mnist
+from lab import checkpoint, pictures
 from pathlib import Path
 
-lab.run.pictures.save_loss_curve = lambda path, *losses: lab.run.write_atomically(path, lambda file: file.write(b"a curve"))
+pictures.save_loss_curve = lambda path, *losses: checkpoint.write_atomically(path, lambda file: file.write(b"a curve"))
 CHANGES = ("os.mkdir", "os.rename", "os.remove")
 
 def run(output, kill_at, *options):
@@ -226,7 +228,7 @@ def run(output, kill_at, *options):
         if changing and output in str(arguments[0]) and next(changes) == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(watch)
-    sys.argv = ["train_mnist.py", "--config_path", "tiny.yaml", "--output_dir", output, *OPTIONS, *options]
+    sys.argv = ["train_mnist.py", "--config_path", "tiny.yaml", "--output_dir", output, OPTIONS, *options]
     try:
         train_mnist.main()
         os._exit(0)
@@ -261,17 +263,15 @@ def test_a_killed_run_can_always_go_on(start, tiny, tmp_path, same):
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="no limits on file sizes")
-def test_a_full_disk_is_one_line_whatever_it_is_that_does_not_fit(script, tiny, tmp_path, steps_recorded):
+def test_a_full_disk_is_one_line_whatever_it_is_that_does_not_fit(script, train, tiny, steps_recorded):
     """A limit on the size of files, so that record, pictures and checkpoints fail in turn; what was there stays whole."""
-    folder = tmp_path / "output/image/image_folder/tiny"
-    call = ("train_mnist.py", "--config_path", tiny)
-    assert script(*call, LAST_STEP, 3)[0] == 0
+    folder = train(tiny, LAST_STEP, 3)
     before = contents_of(folder)
     failed, unlimited = [], resource.getrlimit(resource.RLIMIT_FSIZE)
-    for limit in (0, 1000, 30_000, len(before["diffusion-3.pt"]) - 1):
+    for limit in (0, len(before["metrics.jsonl"]) + 10, 30_000, len(before["diffusion-3.pt"]) - 1):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
         try:
-            code, _, err = script(*call, "--resume_from", "latest")
+            code, _, err = script("train_mnist.py", "--config_path", tiny, "--resume_from", "latest")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
         assert code == 2, limit
@@ -280,7 +280,7 @@ def test_a_full_disk_is_one_line_whatever_it_is_that_does_not_fit(script, tiny, 
         assert "Traceback" not in err
         assert contents_of(folder) | {"metrics.jsonl": 0} == before | {"metrics.jsonl": 0}
     assert failed == ["metrics.jsonl", "metrics.jsonl", "diffusion-6.pt", "diffusion-6.pt"]
-    assert script(*call, "--resume_from", "latest")[0] == 0
+    train(tiny, "--resume_from", "latest")
     assert steps_recorded(folder) == [1, 2, 3, 4, 5, 6]
 
 
@@ -318,9 +318,8 @@ def test_divergence(tiny, losses, diverged):
 
 def test_a_suspicious_loss_deletes_no_checkpoint(train, tiny, monkeypatch):
     """One that is not finite, which an overflow in fp16 may explain, or the beginning of the end."""
-    monkeypatch.setattr(train_mnist, "by_noise_level", lambda loss, *rest: loss.new_zeros(NUM_BANDS))
-    record = Run.record
-    monkeypatch.setattr(Run, "record", lambda run, losses: record(run, losses * math.nan if len(run.log.pending) == 1 else losses))
+    add, steps = LossLog.add, itertools.count(1)
+    monkeypatch.setattr(LossLog, "add", lambda log, loss, *rest: add(log, loss * math.nan if next(steps) == 5 else loss, *rest))
     assert saved_steps(train(tiny, "checkpoint.keep_last=1")) == [3, 6]
 
 
@@ -329,7 +328,7 @@ def test_running_out_of_memory_is_explained(train, tiny, at_step):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore.")
 
     at_step(2, fail)
-    message = r"out of memory: lower training\.batch_size.*accumulation.*mixed_precision .*\(CUDA out of memory.*GiB\.\)$"
+    message = r"out of memory: lower training\.batch_size .*accumulation .*mixed_precision.*\(CUDA out of memory.*GiB\.\)$"
     with pytest.raises(UserError, match=message):
         train(tiny)
     with pytest.raises(UserError, match=r"out of memory: less \("), explain_out_of_memory("less"):

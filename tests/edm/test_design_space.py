@@ -1,0 +1,180 @@
+"""Table 1 as a space: every choice of the sampler combines with every other, and each of them solves the ODE."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from edm.exact import FiniteData, GaussianMixture
+from edm.sampler import sample
+from edm.schedule import SCALINGS, SCHEDULES, Schedule, edm_steps, iddpm_levels, iddpm_steps, table_1
+
+CASES = json.loads(Path(__file__).parents[1].joinpath("reference", "official_edm.json").read_text())["ablation"]
+PLAN = ("num_steps", "discretization", "schedule", "scaling", "sigma_min", "sigma_max", "rho")
+CHOICES = list(itertools.product(("edm", "vp", "ve"), SCHEDULES, SCALINGS))
+GAUSSIAN = GaussianMixture(
+    torch.tensor([[0.3, -0.2, 0.1]]), torch.tensor([[[0.5, 0.2, 0.1], [0.2, 0.4, -0.1], [0.1, -0.1, 0.3]]])
+)
+LATENTS = torch.linspace(-1.2, 1.2, 12, dtype=torch.float64).view(4, 3, 1, 1)
+
+
+def before_zero(states) -> torch.Tensor:
+    """Return the images at sigma_min: the last step to 0, an Euler step, has an order of its own."""
+    *_, state, _ = states
+    return state.x
+
+
+def exact_solution(x: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:
+    """Return where the ODE takes x from one noise level to another for GAUSSIAN: each principal axis is scaled on its own."""
+    u, eigenvalues, mean = GAUSSIAN.eigenvectors[0], GAUSSIAN.eigenvalues[0], GAUSSIAN.means
+    scale = ((eigenvalues + sigma_next**2) / (eigenvalues + sigma**2)).sqrt()
+    return (mean + ((x.flatten(1) - mean) @ u * scale) @ u.mT).reshape(x.shape)
+
+
+def error(num_steps: int, choices: tuple[str, str, str], **options) -> float:
+    """Return the largest error of the images at sigma_min."""
+    steps, schedule = table_1(num_steps, *choices)
+    x = before_zero(sample(GAUSSIAN, LATENTS, steps, schedule=schedule, **options))
+    return (x - exact_solution(LATENTS * steps[0], steps[0].item(), steps[-2].item())).abs().max().item()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case["options"].values())))
+def test_the_general_sampler_agrees_with_the_authors(case, two_peaks, wave, fresh_noise, final, assert_close):
+    options = {"num_steps": 18, **case["options"]}
+    steps, schedule = table_1(**{key: options.pop(key) for key in PLAN if key in options})
+    latents, evaluations = wave(1, 1, 2, 4, scale=math.sqrt(2), frequency=2.3, phase=0.4), []
+
+    def counted(*args):
+        evaluations.append(args)
+        return two_peaks(*args)
+
+    x = final(sample(counted, latents, steps, schedule=schedule, noise=fresh_noise(latents), **options))
+    assert_close(x.flatten(), case["out"])
+    assert len(evaluations) == case["nfe"]
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize("choices", CHOICES, ids="-".join)
+def test_order_of_convergence(choices, solver, order):
+    """Doubling the steps divides the error at sigma_min by 2^order."""
+    coarse, fine = (error(num_steps, choices, solver=solver) for num_steps in (64, 128))
+    assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.5, 2 / 3])
+@pytest.mark.parametrize("choices", [("edm", "linear", "vp"), ("vp", "vp", "none")], ids="-".join)
+def test_order_of_the_second_order_family(choices, alpha):
+    """Algorithm 3, with the second evaluation anywhere in the step."""
+    coarse, fine = (error(num_steps, choices, alpha=alpha) for num_steps in (64, 128))
+    assert math.log2(coarse / fine) == pytest.approx(2, abs=0.15)
+
+
+LEVELS = [("iddpm", "linear", "none"), ("iddpm", "ve", "none"), ("iddpm", "vp", "vp")]
+
+
+@pytest.mark.parametrize("choices", LEVELS, ids="-".join)
+def test_iddpm_levels_have_no_order_but_all_of_them_come_close(choices):
+    u = iddpm_levels()
+    num_steps = ((u >= 0.002) & (u <= 81)).sum().item()
+    fine, coarse = error(num_steps, choices), error(num_steps // 8, choices)
+    assert fine < 5e-3
+    assert fine < coarse / 20
+
+
+def one_pixel_solution(denoiser: GaussianMixture, x: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:
+    """Return where the ODE takes x for data of one pixel: solutions keep their rank, the distribution function of x."""
+
+    def rank(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        deviation = (denoiser.eigenvalues[:, 0] + sigma**2).sqrt()
+        return torch.special.ndtr((x.flatten()[:, None] - denoiser.means[:, 0]) / deviation) @ denoiser.log_weights.exp()
+
+    target, low, high = rank(x, sigma), torch.full_like(x, -10), torch.full_like(x, 10)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = (rank(middle, sigma_next) < target).reshape(x.shape)
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return low
+
+
+@pytest.mark.parametrize("width", [0.2, 0.0], ids=["mixture", "finite data"])
+@pytest.mark.parametrize(
+    "choices", [("edm", "linear", "none"), ("vp", "vp", "vp"), ("ve", "ve", "none"), ("edm", "vp", "none")], ids="-".join
+)
+def test_curved_solutions_are_exact_too(choices, width):
+    """A mixture of three peaks, and a data set of three images, each of one pixel: Heun's error is small and of order 2."""
+    means = torch.tensor([[-0.6], [0.1], [0.7]], dtype=torch.float64)
+    mixture = GaussianMixture(means, torch.full((3, 1, 1), width, dtype=torch.float64) ** 2)
+    denoiser = mixture if width else FiniteData(means.reshape(3, 1, 1, 1))
+    latents = torch.linspace(-1.9, 2.0, 7, dtype=torch.float64).reshape(7, 1, 1, 1)
+    errors = []
+    for num_steps in (150, 300):
+        steps, schedule = table_1(num_steps, *choices, sigma_min=0.05, sigma_max=30)
+        x = before_zero(sample(denoiser, latents, steps, schedule=schedule))
+        errors.append((x - one_pixel_solution(mixture, latents * 30, 30.0, 0.05)).abs().max().item())
+    assert errors[1] < 2e-2
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.25)
+
+
+def test_euler_with_iddpm_steps_is_ddim(two_peaks, wave, assert_close):
+    """Song et al. (2021), Eq. 12 without noise: x_{t-1} = sqrt(abar') x0 + sqrt(1 - abar') eps, with abar = 1 / (1 + u^2)."""
+    steps = iddpm_steps(25)
+    latents = wave(1, 1, 2, 4, scale=1, frequency=2.3, phase=0.4)
+    alpha_bar = 1 / (1 + steps**2)
+    x = alpha_bar[0].sqrt() * steps[0] * latents
+    for i, state in enumerate(sample(two_peaks, latents, steps, solver="euler")):
+        x0 = two_peaks(x / alpha_bar[i].sqrt(), steps[i].item())
+        epsilon = (x - alpha_bar[i].sqrt() * x0) / (1 - alpha_bar[i]).sqrt()
+        x = alpha_bar[i + 1].sqrt() * x0 + (1 - alpha_bar[i + 1]).sqrt() * epsilon
+        assert_close(state.x, x / alpha_bar[i + 1].sqrt())
+
+
+OWN = {  # schedules that are not in the paper
+    "cosine": Schedule(lambda t: torch.tan(math.pi / 2 * t), lambda t: torch.cos(math.pi / 2 * t)),
+    "quadratic": Schedule(lambda t: t**2),
+    "geometric": Schedule(lambda t: 0.002 * 40000**t),  # never reaches 0
+    "exponential": Schedule(lambda t: torch.exp(t)),  # nor does this
+    "late": Schedule(lambda t: t**3 + t, lambda t: 1 / (1 + t)),
+    "kinked": Schedule(lambda t: t if t < 1 else 2 * t - 1, lambda t: 3),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_schedule_leads_to_the_same_images(name):
+    """Eq. 4's marginals are p(x; sigma(t)) whatever sigma(t) and s(t), and its paths those of sigma(t) = t: so every state lies
+    on the exact path at its noise level, with the scaling divided out. The error is of order 2 but across a kink."""
+    errors = {}
+    for num_steps in (64, 128):
+        states = list(sample(GAUSSIAN, LATENTS, edm_steps(num_steps), schedule=OWN[name]))
+        assert [state.sigma for state in states] == edm_steps(num_steps)[1:].tolist()
+        errors[num_steps] = [(state.x - exact_solution(LATENTS * 80, 80.0, state.sigma)).abs().max() for state in states]
+    assert max(errors[128]) < 0.02
+    assert errors[128][-1] < 1e-2
+    if name != "kinked":
+        assert math.log2(errors[64][-2] / errors[128][-2]) == pytest.approx(2, abs=0.15)
+
+
+@pytest.mark.parametrize("name", ["geometric", "exponential"])
+def test_where_sigma_never_reaches_0_the_last_step_is_to_the_denoised_image(name):
+    *_, state = sample(GAUSSIAN, LATENTS, edm_steps(5), schedule=OWN[name])
+    assert torch.equal(state.x, state.denoised)
+
+
+def test_samplers_keep_to_the_noise_levels_that_the_denoiser_knows():
+    """With whole numbers as noise levels: the steps are rounded, and so are the churned levels."""
+    asked = []
+
+    def denoiser(x, sigma, labels=None):
+        asked.append(sigma)
+        return torch.zeros_like(x)
+
+    latents = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    steps = torch.tensor([40.3, 20.2, 9.6, 1.1, 0.0], dtype=torch.float64)
+    options = {"S_churn": 1.0, "S_min": 5, "noise": lambda: latents, "round_sigma": lambda sigma: float(round(sigma))}
+    for schedule in (table_1(2, "edm", "vp", "vp")[1], Schedule(lambda t: t)):
+        asked.clear()
+        states = list(sample(denoiser, latents, steps, schedule=schedule, **options))
+        assert asked == pytest.approx([50, 20, 25, 10, 12, 1, 1])
+        assert [state.sigma for state in states] == [20, 10, 1, 0]

@@ -1,0 +1,174 @@
+"""The samplers as the paper prints them: equal to the general one, the authors' numbers, churn as an SDE, and guidance."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from edm.exact import GaussianMixture
+from edm.sampler import clipped, guided, heun_sampler, sample, stochastic_sampler
+from edm.schedule import LINEAR, Schedule, edm_steps, table_1
+
+CASES = json.loads(Path(__file__).parents[1].joinpath("reference", "official_edm.json").read_text())["sampler"]
+STEP_OPTIONS = ("num_steps", "rho", "sigma_min", "sigma_max")
+TANGENT = Schedule(lambda t: torch.tan(t), lambda t: torch.cos(t))  # a schedule that is not in the paper
+SCHEDULES = {
+    "linear": LINEAR,
+    "vp": table_1(2, "vp", "vp", "vp")[1],
+    "ve": table_1(2, "ve", "ve")[1],
+    "tangent": TANGENT,
+}
+
+
+@pytest.fixture
+def conditional(two_peaks):
+    """Return a denoiser of curved solutions that depends on the labels: they move the two peaks."""
+    return lambda x, sigma, labels: two_peaks(x - labels, sigma) + labels
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_algorithm_1_as_printed_is_the_general_sampler(name, conditional, wave, final):
+    """For every sigma(t) and s(t). The only difference: Algorithm 1 takes times, and the general sampler noise levels."""
+    schedule, sigma_steps = SCHEDULES[name], edm_steps(18)
+    latents, labels = wave(3, 1, 2, 4, scale=1.4, frequency=2.3, phase=0.4), wave(3, 1, 1, 1, scale=1, frequency=1, phase=0)
+    t_steps = torch.tensor([schedule.t(sigma) for sigma in sigma_steps.tolist()], dtype=torch.float64)
+    images = heun_sampler(conditional, latents, t_steps, schedule, labels)
+    expected = final(sample(conditional, latents, sigma_steps, labels, schedule))
+    torch.testing.assert_close(images, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "churn", [{"S_churn": 0.0}, {"S_churn": 5.0, "S_min": 0.1, "S_max": 20.0, "S_noise": 1.01}, {"S_churn": 1e9}]
+)
+def test_algorithm_2_as_printed_is_the_general_sampler_with_churn(churn, conditional, wave, fresh_noise, final):
+    """With the same noise, each of them asks for new noise once a step."""
+    t_steps = edm_steps(18)
+    latents, labels = wave(3, 1, 2, 4, scale=1.4, frequency=2.3, phase=0.4), wave(3, 1, 1, 1, scale=1, frequency=1, phase=0)
+    images = stochastic_sampler(conditional, latents, t_steps, fresh_noise(latents), **churn, labels=labels)
+    expected = final(sample(conditional, latents, t_steps, labels, noise=fresh_noise(latents), **churn))
+    torch.testing.assert_close(images, expected, rtol=1e-12, atol=1e-12)
+    deterministic = heun_sampler(conditional, latents, t_steps, labels=labels)
+    assert torch.allclose(images, deterministic, rtol=1e-12) == (churn["S_churn"] == 0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case["options"].values())))
+def test_sampler_agrees_with_the_authors(case, two_peaks, wave, fresh_noise, final, assert_close):
+    steps = edm_steps(**{key: value for key, value in case["options"].items() if key in STEP_OPTIONS})
+    churn = {key: value for key, value in case["options"].items() if key not in STEP_OPTIONS}
+    latents, evaluations = wave(1, 1, 2, 4, scale=math.sqrt(2), frequency=2.3, phase=0.4), []
+
+    def counted(*args):
+        evaluations.append(args)
+        return two_peaks(*args)
+
+    x = final(sample(counted, latents, steps, noise=fresh_noise(latents), **churn))
+    assert_close(x.flatten(), case["out"])
+    assert len(evaluations) == case["nfe"]
+
+
+# Churn
+
+
+def test_a_small_step_with_churn_is_a_step_of_the_sde(correlated, wave):
+    """Eq. 6 on the way from noise to images, at sigma(t) = t = 1: in a step of length h the ODE contributes h score, the
+    removal of noise beta h score, and new noise has the variance 2 beta h, where beta = gamma / h and gamma = S_churn / N."""
+    h, beta, data = 1e-5, 3.0, correlated(3, 4)
+    x = wave(2, 1, 2, 2, scale=1.2, frequency=1.3, phase=0.2)
+    score = data(x, 1.0) - x
+    epsilon = wave(2, 1, 2, 2, scale=1, frequency=0.9, phase=0.5)
+    steps = torch.tensor([1, 1 - h, 0], dtype=torch.float64)  # two steps, of which the first is looked at
+
+    def step(noise: torch.Tensor) -> torch.Tensor:
+        return next(sample(data, x, steps, S_churn=2 * beta * h, noise=lambda: noise)).x - x
+
+    drift = step(torch.zeros_like(x))
+    torch.testing.assert_close(drift, h * (1 + beta) * score, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(step(epsilon) - drift, math.sqrt(2 * beta * h) * epsilon, rtol=1e-3, atol=1e-6)
+
+
+def test_churn_adds_the_variance_t_hat_squared_minus_t_squared(impulses):
+    """With D(x) = x nothing moves but by churn. Noise in a pixel of its own at every step shows what each step adds: for small
+    gamma = S_churn / N the rate of Eq. 6, 2 beta t^2 h = 2 gamma t^2, and S_noise times as much in standard deviations."""
+    steps, gamma, S_noise = edm_steps(20), 0.001, 1.1
+    noise = impulses(21, 1)
+    x = stochastic_sampler(lambda x, sigma, labels: x, noise(), steps, noise, S_churn=20 * gamma, S_noise=S_noise)
+    variance, t = x.flatten().square() / S_noise**2, steps[:-1]
+    torch.testing.assert_close(variance[1:], (t + gamma * t) ** 2 - t**2, rtol=1e-9, atol=0)
+    torch.testing.assert_close(variance[1:], 2 * gamma * t**2, rtol=gamma, atol=0)
+
+
+@pytest.mark.parametrize("S_churn", [0.0, 40.0])
+def test_churn_keeps_the_covariance_of_the_data_to_second_order(S_churn, impulses, final):
+    """The exact covariance of the samples of Gaussian data, at sigma_min: doubling the steps divides its error by four."""
+    covariance = torch.tensor([[0.36, 0.1], [0.1, 0.05]], dtype=torch.float64)
+    data, errors = GaussianMixture(torch.zeros(1, 2), covariance[None]), []
+    for num_steps in (100, 200):
+        noise = impulses(num_steps + 1, 2)
+        *_, state, _ = sample(data, noise(), edm_steps(num_steps), S_churn=S_churn, noise=noise)
+        x = state.x.flatten(1)
+        errors.append((x.T @ x - covariance - 0.002**2 * torch.eye(2)).abs().max().item())
+    assert errors[1] < 4e-3
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.3)
+
+
+def test_churn_stays_between_S_min_and_S_max_and_gamma_below_sqrt_2_minus_1():
+    seen = []
+
+    def denoiser(x, sigma, labels=None):
+        seen.append(sigma)
+        return torch.zeros_like(x)
+
+    latents, steps = torch.zeros(1, 1, 1, 1, dtype=torch.float64), edm_steps(10)
+    list(sample(denoiser, latents, steps, solver="euler", S_churn=2, S_min=0.1, S_max=20, noise=lambda: latents))
+    assert seen == pytest.approx([t * 1.2 if 0.1 <= t <= 20 else t for t in steps[:-1].tolist()])
+    seen.clear()
+    list(sample(denoiser, latents, steps, solver="euler", S_churn=1e9, noise=lambda: latents))
+    assert seen == pytest.approx((math.sqrt(2) * steps[:-1]).tolist())
+
+
+def smirnov(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the largest difference between the empirical distribution functions of two samples of n numbers."""
+    order = torch.cat([a, b]).argsort()
+    return torch.where(order < len(a), 1.0, -1.0).cumsum(0).abs().max().item() / len(a)
+
+
+@pytest.mark.parametrize("S_churn", [0.0, 30.0])
+@pytest.mark.parametrize("name", ["vp", "ve", "tangent"])
+def test_samples_have_the_distribution_of_the_data(name, S_churn, correlated, normal_noise, final):
+    """Two samples of 5,000, projected in five directions. Those of one distribution differ by more than 0.039 once in 1,000
+    times (Smirnov)."""
+    data, noise = correlated(3, 4, seed=1), normal_noise(5000, 1, 2, 2)
+    x = final(sample(data, noise(), edm_steps(100), schedule=SCHEDULES[name], S_churn=S_churn, noise=noise)).flatten(1)
+    y = data.sample(5000, torch.Generator().manual_seed(2))
+    directions = torch.cat([torch.eye(4), torch.ones(1, 4)]).double()
+    assert all(smirnov(x @ direction, y @ direction) < 0.039 for direction in directions)
+    assert smirnov(x[:, 0], y[:, 0] + 0.2) > 0.039  # the test can tell
+
+
+def test_bad_calls_are_errors(two_peaks):
+    for options in ({"solver": "Heun"}, {"S_churn": 1.0}):
+        with pytest.raises(ValueError, match="solver must be one of heun, euler, and S_churn above 0 needs noise"):
+            next(sample(two_peaks, torch.zeros(1, 1, 2, 2), edm_steps(3), **options))
+
+
+# Guidance and clipping
+
+
+def test_guidance_extrapolates_from_unconditional_to_conditional_and_clipping_comes_last():
+    """Both leave the network's further outputs alone; those of a guided pair are the conditional denoiser's."""
+
+    def denoiser(x, sigma, labels=None, all_outputs=False):
+        D = x + (0 if labels is None else 3)
+        return torch.cat([D, torch.full_like(x, 0 if labels is None else 7)], dim=1) if all_outputs else D
+
+    x, labels = torch.full((2, 3, 4, 4), 0.25), torch.ones(2, 1)
+    assert guided(denoiser, 1) is denoiser
+    for guidance in (0.0, 0.5, 3.0):
+        assert torch.equal(guided(denoiser, guidance)(x, 1.0, labels), x + 3 * guidance)
+    for guidance, image in ((-0.75, -1), (0.2, 0.85), (2, 1)):
+        outputs = clipped(guided(denoiser, guidance))(x, 1.0, labels, all_outputs=True)
+        assert outputs.shape == (2, 6, 4, 4)
+        torch.testing.assert_close(outputs[:, :3], torch.full_like(x, image))
+        assert torch.equal(outputs[:, 3:], torch.full_like(x, 7))
