@@ -64,9 +64,9 @@ def train(config: Config, args: argparse.Namespace, device: torch.device, world:
         for step in run.steps(first_step):
             images, labels = next(stream)
 
-            # Draw. All draws are for the whole batch, and depend on the seed and the step alone.
+            # Draw. The draws depend on the seed and the step alone: each rank draws for the whole batch and keeps its shard.
             generator = generator_for(training.seed, "step", step, device=device)
-            torch.manual_seed(seed_for(training.seed, "dropout", step) + shard.start)
+            torch.manual_seed(seed_for(training.seed, "dropout", step) + shard.start)  # dropout alone differs between ranks
             y, augment_labels = to_model_range(images), None
             if config.network.augment_dim:
                 y, augment_labels = augment(y, config.data.augment_probability, generator, batch_size, shard)
@@ -79,7 +79,7 @@ def train(config: Config, args: argparse.Namespace, device: torch.device, world:
                 is_shown = torch.rand(batch_size, generator=generator, device=device)[shard] >= config.loss.label_dropout
                 labels = labels * is_shown[:, None]
 
-            # Compute the loss, its mean over the batch, and the gradient; part by part, to save memory.
+            # Compute the loss, its mean over the batch, and the gradient; in parts, if the batch does not fit into memory.
             batch, seen = (y, n, sigma, weighting(sigma), importance, labels, augment_labels), []
             parts = split(batch, training.accumulation)
             for part in parts:
@@ -91,14 +91,15 @@ def train(config: Config, args: argparse.Namespace, device: torch.device, world:
                     else:
                         loss = chain_loss(net, y, n, sigma, weight, labels=labels, augment_labels=augment_labels)
                     mean = (importance * loss).sum() / batch_size
-                    learner.scaler.scale(mean * world.size).backward()
+                    learner.scaler.scale(mean * world.size).backward()  # the ranks' gradients are averaged, not summed
                 seen.append(torch.stack([sigma, importance, loss.detach()]))
 
-            # Update the weights by Adam, then their average.
+            # Update the weights by Adam, at a learning rate that ramps up, then their average.
             learner.optimizer_step(step * batch_size)
             ema.update(step * batch_size, batch_size)
 
-            # Record the loss. Every so often, and when asked to stop, write a checkpoint; every so often, draw samples.
+            # Record the losses of the whole batch. Every `save_and_sample_every_n` steps and after the last one, write a
+            # checkpoint and a grid of samples; when a signal has asked the run to stop, write a checkpoint.
             sigma, importance, loss = world.all_gather(list(torch.cat(seen, dim=1)), batch_size)
             noise_distribution.update(sigma, loss)
             run.record(loss, sigma, importance)

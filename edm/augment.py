@@ -34,7 +34,10 @@ class Transformation:
 
     @classmethod
     def draw(cls, batch_size: int, probability: float, generator: torch.Generator) -> "Transformation":
-        """Draw transformations for a batch: each part with `probability`, but the flip in x with 1/2 (Table 6)."""
+        """Draw transformations for a batch: x flips with probability 1/2, y flips with half of `probability`, others with it.
+
+        The stretch is along the x axis or along a random axis, with probability 1/2 each (Table 6).
+        """
         options = {"generator": generator, "device": generator.device}
 
         def bernoulli(p: float) -> torch.Tensor:

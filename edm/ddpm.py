@@ -56,10 +56,9 @@ class Chain:
         small[0] = small[1] if len(small) > 1 else beta[0]  # it is 0, and its logarithm would be infinite
         self.timesteps, self.alpha_bar, self.beta = timesteps, alpha_bar, beta
         self.sigma, self.scale = ((1 - alpha_bar) / alpha_bar).sqrt(), alpha_bar.sqrt()
-        self.mean_of_y = previous.sqrt() * beta / (1 - alpha_bar)  # coefficients of the posterior's mean (H7)
-        self.mean_of_x = (1 - beta).sqrt() * (1 - previous) / (1 - alpha_bar)
-        # Logarithms of variances:
-        self.log_beta, self.fixed_small, self.fixed_large = beta.log(), small.log(), torch.cat([small[:1], beta[1:]]).log()
+        self.y_coefficient = previous.sqrt() * beta / (1 - alpha_bar)  # of the posterior's mean (H7)
+        self.x_coefficient = (1 - beta).sqrt() * (1 - previous) / (1 - alpha_bar)
+        self.log_beta, self.log_small, self.log_large = beta.log(), small.log(), torch.cat([small[:1], beta[1:]]).log()
         self.levels = NoiseLevels(self.sigma)
         self.copies: dict[tuple, Chain] = {}
 
@@ -95,8 +94,8 @@ class Chain:
         return pixelwise(self.scale, t) * (y + pixelwise(self.sigma, t) * epsilon)
 
     def posterior_mean(self, y: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Return the mean of q(x_{t-1} | x_t, y) (H7). The logarithm of its variance is `fixed_small`."""
-        return pixelwise(self.mean_of_y, t) * y + pixelwise(self.mean_of_x, t) * x_t
+        """Return the mean of q(x_{t-1} | x_t, y) (H7). The logarithm of its variance is `log_small`."""
+        return pixelwise(self.y_coefficient, t) * y + pixelwise(self.x_coefficient, t) * x_t
 
     def learned_log_variance(self, v: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Return the log-variance that the network's second output v in [-1, 1] stands for (N15).
@@ -104,7 +103,7 @@ class Chain:
         It lies between the logarithms of the posterior's variance (v = -1) and of beta (v = 1).
         """
         fraction = (v + 1) / 2
-        return fraction * pixelwise(self.log_beta, t) + (1 - fraction) * pixelwise(self.fixed_small, t)
+        return fraction * pixelwise(self.log_beta, t) + (1 - fraction) * pixelwise(self.log_small, t)
 
     def reverse(self, denoiser: Denoiser, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, variance: str):
         """Return the reverse step p(x_{t-1} | x_t), a normal distribution (H11, N13).
@@ -127,7 +126,7 @@ class Chain:
             log_variance = self.learned_log_variance(v, t)
         else:
             denoised = denoiser(x, sigma, labels).to(x.dtype)
-            log_variance = pixelwise(getattr(self, variance), t)
+            log_variance = pixelwise(self.log_small if variance == "fixed_small" else self.log_large, t)
         return denoised, self.posterior_mean(denoised, x_t, t), log_variance
 
     def bound_term(
@@ -137,7 +136,7 @@ class Chain:
 
         It is L_{t-1}, a divergence of two normal distributions, or at t = 0 the reconstruction L_0.
         """
-        divergence = normal_divergence(self.posterior_mean(y, x_t, t), pixelwise(self.fixed_small, t), mean, log_variance)
+        divergence = normal_divergence(self.posterior_mean(y, x_t, t), pixelwise(self.log_small, t), mean, log_variance)
         reconstruction = -discretized_log_likelihood(y, mean, log_variance / 2)
         return mean_bits(torch.where(pixelwise(t, slice(None)) == 0, reconstruction, divergence))
 

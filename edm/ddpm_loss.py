@@ -33,7 +33,7 @@ class ImportanceSampledTimesteps(nn.Module, NoiseDistribution):
         self.register_buffer("history", torch.full((len(levels.sigma), history_per_term), math.nan))  # the newest last
 
     def weights(self) -> torch.Tensor:
-        """Return the probability of each timestep, (T,); all 1 until every timestep has a full history."""
+        """Return the sampling weight of each timestep, (T,); all are 1 until every timestep has a full history."""
         history = self.history / self.history.max()  # so that squares cannot overflow
         root_mean_square = history.square().mean(dim=1).sqrt()
         weights = root_mean_square / root_mean_square.sum()
@@ -66,7 +66,7 @@ class ImportanceSampledTimesteps(nn.Module, NoiseDistribution):
         self.history.copy_(self.history.gather(1, source.clamp(max=size - 1)))  # shift out as many as come in
         t, order = t.sort(stable=True)
         to_come = torch.searchsorted(t, t, right=True) - torch.arange(len(t), device=t.device)  # of the same t, this included
-        # With more than `size` losses of one timestep, the early ones share a slot with later ones: write the last there.
+        # If a batch has more than `size` losses of one timestep, several of them share a slot: write the latest there.
         last = order[torch.arange(len(t), device=t.device) + (to_come - 1) // size * size]
         self.history[t, size - 1 - (to_come - 1) % size] = losses.to(self.history.dtype)[last]
 

@@ -49,7 +49,7 @@ class NoiseDistribution:
     """
 
     def importance(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Return by what each loss must be multiplied so that the mean is over the intended distribution: (B,) -> (B,)."""
+        """Return the importance weights, the intended density of sigma over that of the draws: (B,) -> (B,)."""
         return torch.ones_like(sigma)
 
     def update(self, sigma: torch.Tensor, losses: torch.Tensor) -> None:

@@ -45,11 +45,13 @@ def score(x: torch.Tensor, sigma: float, denoised: torch.Tensor) -> torch.Tensor
 
 
 class Preconditioning:
-    """The base of the columns of Table 1: c_skip, c_out, c_in and c_noise map sigma, a tensor of any shape, to one alike.
+    """The base of the columns of Table 1.
+
+    Each of c_skip, c_out, c_in and c_noise maps a tensor of noise levels to a tensor of the same shape.
 
     Attributes:
         sigma_min, sigma_max: the lowest and the highest noise level that the network is trained for.
-        outputs: how many channels the network has for each channel of the image. D uses the first.
+        outputs: the network puts out `outputs` C channels for images of C channels; D uses the first C.
     """
 
     sigma_min = 0.0

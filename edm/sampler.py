@@ -19,7 +19,7 @@ SOLVERS = ("heun", "euler")
 
 
 def heun_sampler(
-    D: Denoiser, latents: torch.Tensor, t_steps: torch.Tensor, schedule: Schedule = LINEAR, labels: torch.Tensor | None = None
+    D: Denoiser, latents: torch.Tensor, t_steps: torch.Tensor, labels: torch.Tensor | None = None, schedule: Schedule = LINEAR
 ) -> torch.Tensor:
     """Follow the ODE from noise to images with Heun's second-order method (Algorithm 1).
 
@@ -27,8 +27,8 @@ def heun_sampler(
         D: the denoiser.
         latents: (B, C, H, W), noise of unit variance.
         t_steps: (N + 1,), the times t_0 > ... > t_N; the noise level at t_N is 0.
-        schedule: sigma(t) and s(t).
         labels: one-hot (B, K) or None.
+        schedule: sigma(t) and s(t).
 
     Returns:
         (B, C, H, W), the images.
@@ -122,6 +122,12 @@ def sample(
 ) -> Iterator[State]:
     """Sample with any choice of Table 1, with or without churn; by default as Algorithm 1 with sigma(t) = t and s(t) = 1.
 
+    Without churn this solves the ODE (Eq. 4), where the score is that of the unscaled images x / s:
+
+        dx/dt = s'(t) / s(t) x - s(t) sigma'(t) sigma(t) score(x / s(t); sigma(t))
+
+    (The paper has s(t)^2, and the gradient of log p(x / s) with respect to x, which is the score divided by s.)
+
     Args:
         denoiser: D(x, sigma, labels).
         latents: (B, C, H, W), noise of unit variance. The sampler works in their precision, float64 in the paper.
@@ -152,7 +158,6 @@ def sample(
         """Return the slope of the ODE (Eq. 4) and the denoised images."""
         sigma, s, dsigma, ds = schedule_at(t)
         denoised = denoiser(x / s, sigma, labels).to(x.dtype)
-        # Eq. 4 has s^2 for the gradient by x; the score is the gradient by x / s, which is s times that.
         return ds / s * x - s * dsigma * sigma * score(x / s, sigma, denoised), denoised
 
     sigma_steps = [*map(round_sigma, sigma_steps[:-1].tolist()), 0.0]
@@ -171,7 +176,7 @@ def sample(
         h = t_next - t
         x = x * schedule.s(t)
         d, denoised = dx_dt(x, t)
-        if solver == "heun" and sigma_next > 0:  # at 0 the slope is undefined
+        if solver == "heun" and sigma_next > 0:  # Algorithm 3: a second slope at t + alpha h. At noise level 0 there is none.
             d_prime, _ = dx_dt(x + alpha * h * d, (1 - alpha) * t + alpha * t_next)
             d = (1 - 1 / (2 * alpha)) * d + 1 / (2 * alpha) * d_prime
         # If sigma(t) never reaches 0, the last step is infinitely long in t. Along sigma it ends at the denoised image.

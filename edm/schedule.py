@@ -135,6 +135,7 @@ def iddpm_levels(M: int = 1000, C_1: float = 0.001, C_2: float = 0.008) -> torch
     """Return Improved DDPM's noise levels u_0 > ... > u_M = 0: (M + 1,) in float64.
 
     u_{j-1}^2 + 1 = (u_j^2 + 1) / max(alpha_bar_{j-1} / alpha_bar_j, C_1), where alpha_bar_j = sin^2(pi/2 j / (M (C_2 + 1))).
+    The index j = 0 .. M runs from noise to images, against the timesteps of `ddpm.Chain`.
     """
     j = torch.arange(M + 1, dtype=torch.float64)
     alpha_bar = torch.sin(math.pi / 2 * j / (M * (C_2 + 1))) ** 2
@@ -199,7 +200,7 @@ class Schedule:
     Args:
         sigma: the noise level at time t, made of arithmetic and PyTorch functions, such as `lambda t: torch.tan(t)`. It must
             rise with t, from 0 or a little more; it need not be defined for all t.
-        s: the scaling at time t, above 0 everywhere, at t = 0 too. 1 by default.
+        s: the scaling at time t, above 0 at every time that a sampler visits, t = 0 included. 1 by default.
         sigma_inverse: the time at which the noise level is sigma. By default it is found by bisection.
     """
 

@@ -159,7 +159,7 @@ def read_config(contents: dict, path: str | Path, overrides: Iterable[str] = ())
 
 
 def is_weights(value: object) -> bool:
-    """Return whether a value is a dict of named floating-point tensors."""
+    """Return whether a value is a dict of named tensors that `is_plain` accepts."""
     return isinstance(value, dict) and all(isinstance(name, str) and is_plain(tensor) for name, tensor in value.items())
 
 

@@ -110,7 +110,8 @@ def run_script(main: Callable[[], None]) -> None:
         print("\nInterrupted.", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout once more when it exits
+        for descriptor in (1, 2):  # Python flushes both once more when it exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         raise SystemExit(141) from None
     finally:
         if dist.is_initialized() and dist.get_backend() == "gloo":

@@ -1,6 +1,7 @@
 """Several processes as one run: torchrun starts them, and each computes a shard of every batch.
 
-Every rank makes the random draws of the whole batch and takes its shard, so results do not depend on the number of processes.
+Every rank makes the random draws of the whole batch and takes its shard, so results do not depend on the number of processes
+(except for dropout).
 """
 
 import contextlib

@@ -107,7 +107,7 @@ def trajectories(path: Path, denoiser: PreconditionedDenoiser, config: Config, d
 
 
 def neighbours(path: Path, denoiser: PreconditionedDenoiser, config: Config, device: torch.device, seeds: list[int]) -> None:
-    """Draw samples, each beside the training images nearest to it, pixel by pixel."""
+    """Plot samples, each beside its nearest training images (by their pixels), and print the median distances."""
     train = as_tensors(open_dataset(config))[0].to(device)
     test = as_tensors(open_dataset(config, test=True))[0][:1000].to(device) if config.data.dataset in HAVE_TEST_SETS else None
     made = samples(denoiser, config, device, seeds, title="sampling")

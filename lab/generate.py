@@ -58,7 +58,9 @@ def load_denoiser(
 
 
 def check_chain(config: Config, own: Config, path: Path) -> None:
-    """Raise a `UserError` if a network trained on a chain is to be used as one of another chain, which its weights would fit.
+    """Raise a `UserError` if a network would be used on another chain than the one it was trained on.
+
+    Its weights would load, and its samples would be wrong.
 
     Args:
         config: how the network is to be used.
@@ -163,7 +165,7 @@ def save_grid(
 
 
 def export(source: Path, target: Path) -> None:
-    """Write a checkpoint for sampling only: the averaged weights in half precision, step, name and config.
+    """Write a checkpoint for sampling only: the averaged weights (matrices in half precision), step, name and config.
 
     Raises:
         UserError: the source cannot be read, its weights do not fit its config, or the target cannot be written.

@@ -53,7 +53,7 @@ class Learner:
     def optimizer_step(self, images_seen: int) -> None:
         """Update the weights by Adam from the gradients in `net`, then clear the gradients.
 
-        Gradients that are not finite are replaced (nan by 0, infinity by 1e5), and clipped to `max_grad_norm`.
+        Gradients that are not finite are replaced first (nan by 0, infinity by 1e5); then all are clipped to `max_grad_norm`.
 
         Args:
             images_seen: images of the whole run so far, this step's included. The learning rate rises with them at first.

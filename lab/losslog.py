@@ -28,7 +28,7 @@ class LossLog:
         self.pending: list[torch.Tensor] = []
         self.records: list[list[float]] = contents.get("losses", torch.zeros(0)).tolist()
         self.first_step = contents.get("step", 0) - len(self.records) + 1
-        self.untrained = config.data.channels * config.data.resolution**2  # about 1 for each pixel
+        self.initial_loss = config.data.channels * config.data.resolution**2  # about 1 for each pixel
         if path:
             write_atomically(path, lambda file: file.write(self.lines(0).encode()))
 
@@ -41,7 +41,7 @@ class LossLog:
     def limit(self) -> float:
         """A loss far above any that training starts with."""
         first = [record[0] for record in self.records[:1] if math.isfinite(record[0])]
-        return 100 * max(self.untrained, *first, 0)
+        return 100 * max(self.initial_loss, *first, 0)
 
     def add(self, loss: torch.Tensor, sigma: torch.Tensor, importance: torch.Tensor) -> None:
         """Note the mean loss of the next step, of all images and of those in each band of noise levels.

@@ -149,7 +149,7 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = NUM_NEIGHB
     """Return precision, the share of samples that lie among the real images, and recall, the share of real images that lie
     among the samples (Kynkaanniemi et al., 2019, arXiv 1904.06991).
 
-    A point lies among others if one of them is nearer to it than to its own k-th nearest neighbour.
+    A point lies among others if its distance to one of them is at most that one's distance to its k-th nearest neighbour.
 
     Args:
         real, fake: features, (N, F) and (M, F), N and M above k.
@@ -171,8 +171,7 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = NUM_NEIGHB
 def real_images(config: Config, device: torch.device) -> tuple[LabelledImages, LabelledImages]:
     """Return the training images of the config's data set and the images held out, both on the device.
 
-    A data set without test images is split in two halves in random order, and the first half is held out, although the
-    network may have been trained on both.
+    Of a data set without test images, a random half is held out. (The network may have been trained on it all the same.)
 
     Raises:
         UserError: the data cannot be found, downloaded or read.
@@ -276,5 +275,5 @@ class Comparison:
         return figures
 
     def floor(self, count: int) -> dict:
-        """Return the same figures of `count` real images outside the reference, or of all of them if there are fewer."""
+        """Return the `quality` of up to `count` real images outside the reference: the best that samples can hope for."""
         return self.quality(self.others.images[:count], self.others.labels[:count])

@@ -25,7 +25,7 @@ from lab.distributed import World
 from lab.learner import Learner
 from lab.losslog import LossLog
 
-# Entries that make another function of the same weights, and entries that have no influence on training.
+# A run cannot be resumed with other BREAKING entries, as its weights would mean another function. FREE ones do not matter.
 BREAKING = (
     *(f"network.{name} " for name in Network.model_fields if name != "dropout"),
     *("data.resolution ", "data.channels ", "preconditioning.", "chain."),
@@ -83,7 +83,7 @@ class Run:
             raise UserError(f"cannot write to {self.path}: {error.strerror or error}") from None
 
     def on_signal(self, signum: int, frame: object) -> None:
-        """Ask the run to stop after this step; the second time end the process at once."""
+        """Ask the run to stop after this step; end the process at once if a second signal comes half a second later or more."""
         now = time.monotonic()
         if self.signum and now > self.asked + 0.5:  # torchrun and timeout send the same signal twice
             os._exit(128 + signum)
@@ -112,7 +112,7 @@ class Run:
         Raises:
             UserError: the checkpoint does not fit or is damaged, or the folder holds another run.
         """
-        contents = self.world.broadcast(lambda: self.claim_folder(learner, resume_from, weights_from, overwrite))
+        contents = self.world.broadcast(lambda: self.load_and_claim(learner, resume_from, weights_from, overwrite))
         if not self.world.is_first and "net" in contents:
             learner.load_state_dict(contents, self.path)
         elif not self.world.is_first and contents:
@@ -120,8 +120,8 @@ class Run:
         self.log = LossLog(self.path / "metrics.jsonl" if self.world.is_first else None, self.config, contents)
         return contents.get("step", 0)
 
-    def claim_folder(self, learner: Learner, resume_from: str | None, weights_from: str | None, overwrite: bool) -> dict:
-        """Load the learner on rank 0, and make sure that the folder holds this run alone.
+    def load_and_claim(self, learner: Learner, resume_from: str | None, weights_from: str | None, overwrite: bool) -> dict:
+        """Load the learner on rank 0, then make sure that the folder holds this run alone.
 
         Returns:
             What the other ranks must load: a checkpoint's contents, {"ema": weights} or {}.
@@ -208,7 +208,7 @@ class Run:
         return step > 0 and (step % training.save_and_sample_every_n == 0 or step == training.num_training_steps)
 
     def lacks_grid(self, step: int) -> bool:
-        """Return whether the run was stopped between the checkpoint and the sample grid of this step."""
+        """Return whether the sample grid of this step is due and missing: the run was stopped before it was drawn."""
         return self.world.broadcast(lambda: self.is_due(step) and not self.grid(step).exists())
 
     def steps(self, first: int) -> Iterator[int]:

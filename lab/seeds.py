@@ -8,8 +8,8 @@ import torch
 def seed_for(*address: int | str) -> int:
     """Return a 64-bit seed that depends on every part of the address.
 
-    PyTorch's CPU generators use only 32 of the bits, so among a few hundred thousand steps some two may share their noise
-    (but not their images).
+    PyTorch's CPU generators use 32 of these bits. In a run of a few hundred thousand steps, two steps may therefore have the
+    same noise, on different images.
     """
     return int.from_bytes(hashlib.blake2b(repr(address).encode(), digest_size=8).digest(), "little")
 

@@ -36,7 +36,6 @@ from lab.distributed import World
 from lab.learner import Learner
 
 ROOT = Path(__file__).parents[1]
-CPU = torch.device("cpu")
 
 TINY = """
 data: {dataset: image_folder, root: ROOT, resolution: 8, channels: CHANNELS}
@@ -119,27 +118,27 @@ def mnist_folder(tmp_path) -> Path:
 # Training runs
 
 
-def train_in(output_dir: Path, config_path: Path, *arguments: object, world: World | None = None) -> Path:
-    """Call train_mnist.py's `main` on the CPU, as one process of `world`; returns the run's folder."""
+def train_in(output_dir: Path, config_path: Path, *arguments: object, world: World | None = None, device: str = "cpu") -> Path:
+    """Call train_mnist.py's `main` on a device, as one process of `world`; returns the run's folder."""
     argv = ["train_mnist.py", "--config_path", config_path, "--output_dir", output_dir, *arguments]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(argument) for argument in argv])
-        patch.setattr(train_mnist, "distributed", lambda name: contextlib.nullcontext((CPU, world or World())))
+        patch.setattr(train_mnist, "distributed", lambda name: contextlib.nullcontext((torch.device(device), world or World())))
         train_mnist.main()
     return Path(output_dir) / "image" / "image_folder" / Path(config_path).stem
 
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """train(config_path, *arguments, output="output", world=World()) -> the run's folder: train_mnist.py in this process.
+    """train(config_path, *arguments, output="output", world=World(), device="cpu") -> the run's folder: train_mnist.py, called.
 
     Its errors are raised (`UserError`, `SystemExit`). The run is in tmp_path / output. Its loss.png is a stand-in: drawing it
     takes longer than all the rest.
     """
     monkeypatch.setattr("lab.run.pictures.save_loss_curve", lambda path, *losses: path.write_bytes(b"a curve"))
 
-    def call(config_path: Path, *arguments: object, output: str = "output", world: World | None = None) -> Path:
-        return train_in(tmp_path / output, config_path, *arguments, world=world)
+    def call(config_path: Path, *arguments: object, output: str = "output", **where: object) -> Path:
+        return train_in(tmp_path / output, config_path, *arguments, **where)
 
     return call
 
@@ -272,146 +271,114 @@ def wait_for():
 # and stand-in networks behind them need no random numbers, and are made here.
 
 
-@pytest.fixture(scope="session")
-def assert_close():
-    """assert_close(actual, expected, tolerance=1e-9): |difference| <= tolerance (1 + |expected|), element by element."""
-
-    def check(actual: torch.Tensor, expected: torch.Tensor | list | float, tolerance: float = 1e-9) -> None:
-        expected = torch.as_tensor(expected, dtype=torch.float64)
-        torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
-
-    return check
+def shared(function):
+    """Make a function of this file a fixture of its own name, for the tests that take it as an argument."""
+    globals()[f"{function.__name__}_fixture"] = pytest.fixture(scope="session", name=function.__name__)(lambda: function)
+    return function
 
 
-@pytest.fixture(scope="session")
-def wave():
-    """wave(2, 3, scale=1, frequency=2, phase=0): scale sin(frequency i + phase) over the elements i of a float64 tensor."""
-
-    def make(*shape: int, scale: float, frequency: float, phase: float) -> torch.Tensor:
-        i = torch.arange(math.prod(shape), dtype=torch.float64)
-        return (scale * torch.sin(frequency * i + phase)).reshape(shape)
-
-    return make
+@shared
+def assert_close(actual: torch.Tensor, expected: torch.Tensor | list | float, tolerance: float = 1e-9) -> None:
+    """Assert that |difference| <= tolerance (1 + |expected|), element by element."""
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.fixture(scope="session")
-def fill(wave):
-    """fill(net) gives every parameter the value that follows from its name and shape, and returns the network in float64."""
-
-    @torch.no_grad()
-    def set_parameters(net: nn.Module) -> nn.Module:
-        net.double()
-        frequencies = [(name, buffer) for name, buffer in net.named_buffers() if name.endswith("freqs")]
-        for name, parameter in [*net.named_parameters(), *frequencies]:
-            phase = (zlib.crc32(name.encode()) % 10007) / 100
-            s = wave(*parameter.shape, scale=1, frequency=0.61803398875, phase=phase)
-            if name.endswith("freqs"):
-                value = 2 * s
-            elif name.endswith("bias"):
-                value = 0.1 * s
-            elif parameter.ndim == 1:
-                value = 1 + 0.1 * s
-            else:
-                value = math.sqrt(2 * parameter.shape[0] / parameter.numel()) * s
-            parameter.copy_(value.float())
-        return net
-
-    return set_parameters
+@shared
+def wave(*shape: int, scale: float, frequency: float, phase: float) -> torch.Tensor:
+    """Return scale sin(frequency i + phase) over the elements i of a float64 tensor."""
+    i = torch.arange(math.prod(shape), dtype=torch.float64)
+    return (scale * torch.sin(frequency * i + phase)).reshape(shape)
 
 
-@pytest.fixture(scope="session")
-def two_peaks():
-    """two_peaks(x, sigma, labels=None): the exact denoiser of data that is N(+-0.5, 0.2^2) in every pixel."""
-
-    def denoise(x: torch.Tensor, sigma: float, labels: torch.Tensor | None = None) -> torch.Tensor:
-        q = 0.04 + sigma**2
-        return 0.04 / q * x + sigma**2 / q * 0.5 * torch.tanh(0.5 * x / q)
-
-    return denoise
-
-
-@pytest.fixture(scope="session")
-def fresh_noise(wave):
-    """fresh_noise(like) -> noise(), whose k-th call returns sqrt(2) sin(0.9 i + 1.3 k)."""
-
-    def start(like: torch.Tensor):
-        calls = itertools.count(1)
-        return lambda: wave(*like.shape, scale=math.sqrt(2), frequency=0.9, phase=1.3 * next(calls))
-
-    return start
+@shared
+@torch.no_grad()
+def fill(net: nn.Module) -> nn.Module:
+    """Give every parameter the value that follows from its name and shape, and return the network, now in float64."""
+    net.double()
+    frequencies = [(name, buffer) for name, buffer in net.named_buffers() if name.endswith("freqs")]
+    for name, parameter in [*net.named_parameters(), *frequencies]:
+        s = wave(*parameter.shape, scale=1, frequency=0.61803398875, phase=(zlib.crc32(name.encode()) % 10007) / 100)
+        if name.endswith("freqs"):
+            value = 2 * s
+        elif name.endswith("bias"):
+            value = 0.1 * s
+        elif parameter.ndim == 1:
+            value = 1 + 0.1 * s
+        else:
+            value = math.sqrt(2 * parameter.shape[0] / parameter.numel()) * s
+        parameter.copy_(value.float())
+    return net
 
 
-@pytest.fixture(scope="session")
-def stand_in():
-    """stand_in(chain, outputs=2): the network behind improved_ddpm.json, which returns epsilon and v, as a denoiser."""
+@shared
+def two_peaks(x: torch.Tensor, sigma: float, labels: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the exact D(x; sigma) for data that is N(+-0.5, 0.2^2) in every pixel."""
+    q = 0.04 + sigma**2
+    return 0.04 / q * x + sigma**2 / q * 0.5 * torch.tanh(0.5 * x / q)
 
-    class Network(nn.Module):
-        def __init__(self, outputs: int):
-            super().__init__()
-            self.outputs, self.weight = outputs, nn.Parameter(torch.ones((), dtype=torch.float64))
 
-        def forward(self, x, t, labels=None, augment_labels=None):
-            t = t[:, None, None, None] / 1000
-            epsilon = 0.9 * x * (0.2 + t) + 0.1 * torch.sin(3 * x)
-            return self.weight * torch.cat([epsilon, torch.tanh(0.5 * x + t)], dim=1)[:, : self.outputs]
+@shared
+def fresh_noise(like: torch.Tensor):
+    """Return noise(), whose k-th call returns sqrt(2) sin(0.9 i + 1.3 k)."""
+    calls = itertools.count(1)
+    return lambda: wave(*like.shape, scale=math.sqrt(2), frequency=0.9, phase=1.3 * next(calls))
 
-    def make(chain: Chain, outputs: int = 2) -> PreconditionedDenoiser:
-        return PreconditionedDenoiser(Network(outputs), iDDPMPreconditioning(chain.levels, outputs))
 
-    return make
+class StandIn(nn.Module):
+    """The network behind improved_ddpm.json: it returns epsilon, and for two outputs v."""
+
+    def __init__(self, outputs: int):
+        super().__init__()
+        self.outputs, self.weight = outputs, nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, x, t, labels=None, augment_labels=None):
+        t = t[:, None, None, None] / 1000
+        epsilon = 0.9 * x * (0.2 + t) + 0.1 * torch.sin(3 * x)
+        return self.weight * torch.cat([epsilon, torch.tanh(0.5 * x + t)], dim=1)[:, : self.outputs]
+
+
+@shared
+def stand_in(chain: Chain, outputs: int = 2) -> PreconditionedDenoiser:
+    """Return the stand-in network as a denoiser on a chain."""
+    return PreconditionedDenoiser(StandIn(outputs), iDDPMPreconditioning(chain.levels, outputs))
 
 
 # What the tests of samplers and likelihoods share
 
 
-@pytest.fixture(scope="session")
-def final():
-    """final(states) -> the images that a sampler ends with."""
-
-    def exhaust(states: Iterator[State]) -> torch.Tensor:
-        *_, state = states
-        return state.x
-
-    return exhaust
+@shared
+def final(states: Iterator[State]) -> torch.Tensor:
+    """Return the images that a sampler ends with."""
+    *_, state = states
+    return state.x
 
 
-@pytest.fixture(scope="session")
-def normal_noise():
-    """normal_noise(*shape, seed=0) -> noise(), which returns new float64 noise of unit variance."""
-
-    def start(*shape: int, seed: int = 0):
-        generator = torch.Generator().manual_seed(seed)
-        return lambda: torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    return start
+@shared
+def normal_noise(*shape: int, seed: int = 0):
+    """Return noise(), which returns new float64 noise of unit variance."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-@pytest.fixture(scope="session")
-def impulses():
-    """impulses(calls, size) -> noise(), from which the covariance of a sampler's images follows without drawing a number.
+@shared
+def impulses(calls: int, size: int):
+    """Return noise(), from which the covariance of a sampler's images follows exactly, without a random number.
 
     With the exact denoiser of Gaussian data of mean 0 the images are a linear function of all noise, the latents included. The
     noise() here is for a batch of calls x size images of `size` pixels in a row: each of the numbers that all the calls return
     for one image is 1 in one image of the batch and 0 in the others. If x (B, size) are the resulting images, the covariance
     for noise of unit variance is x^T x.
     """
-
-    def start(calls: int, size: int):
-        numbers = iter(torch.eye(calls * size, dtype=torch.float64).view(calls * size, calls, 1, 1, size).unbind(dim=1))
-        return lambda: next(numbers)
-
-    return start
+    numbers = iter(torch.eye(calls * size, dtype=torch.float64).view(calls * size, calls, 1, 1, size).unbind(dim=1))
+    return lambda: next(numbers)
 
 
-@pytest.fixture(scope="session")
-def correlated():
-    """correlated(k, d, seed=0): a mixture of k Gaussians of d pixels with covariances of any shape, the last one singular."""
-
-    def make(k: int, d: int, seed: int = 0) -> GaussianMixture:
-        generator = torch.Generator().manual_seed(seed)
-        factors = 0.5 * torch.randn(k, d, d, generator=generator, dtype=torch.float64)
-        factors[-1, :, 0] = 0
-        means = torch.randn(k, d, generator=generator, dtype=torch.float64)
-        return GaussianMixture(means, factors @ factors.mT, torch.rand(k, generator=generator) + 0.5)
-
-    return make
+@shared
+def correlated(k: int, d: int, seed: int = 0) -> GaussianMixture:
+    """Return a mixture of k Gaussians of d pixels with covariances of any shape, the last of them singular."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = 0.5 * torch.randn(k, d, d, generator=generator, dtype=torch.float64)
+    factors[-1, :, 0] = 0
+    means = torch.randn(k, d, generator=generator, dtype=torch.float64)
+    return GaussianMixture(means, factors @ factors.mT, torch.rand(k, generator=generator) + 0.5)

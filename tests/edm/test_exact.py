@@ -37,13 +37,6 @@ def test_a_singular_covariance_leaves_no_freedom_across_it():
         torch.testing.assert_close(line(x, sigma).flatten(), direction * 2.2, atol=1e-5, rtol=0)
 
 
-def test_a_mixture_of_two_peaks_has_the_denoiser_with_a_tanh(two_peaks, wave, assert_close):
-    """The denoiser of the reference numbers, pixel by pixel."""
-    mixture = GaussianMixture(torch.tensor([[-0.5], [0.5]]), torch.full((2, 1, 1), 0.2, dtype=torch.float64) ** 2)
-    x = wave(8, 1, 1, 1, scale=2, frequency=2.3, phase=0.4)
-    assert_close(mixture(x, 0.3), two_peaks(x, 0.3))
-
-
 def test_samples_have_the_means_and_covariances_of_the_mixture(correlated):
     mixture = correlated(2, 3)
     y = mixture.sample(200_000, torch.Generator().manual_seed(1))

@@ -7,23 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from edm import precond
 from edm.loss import edm_weight, inverse_variance, squared_error
-from edm.precond import (
-    EDMPreconditioning,
-    PreconditionedDenoiser,
-    VEPreconditioning,
-    VPPreconditioning,
-    iDDPMPreconditioning,
-)
+from edm.precond import EDMPreconditioning, PreconditionedDenoiser, iDDPMPreconditioning
 from edm.schedule import iddpm_levels
 
 OFFICIAL = json.loads(Path(__file__).parents[1].joinpath("reference", "official_edm.json").read_text())["preconditioning"]
-COLUMNS = {
-    "EDMPrecond": EDMPreconditioning,
-    "VPPrecond": VPPreconditioning,
-    "VEPrecond": VEPreconditioning,
-    "iDDPMPrecond": iDDPMPreconditioning,
-}
+COLUMNS = {name: getattr(precond, f"{name}itioning") for name in OFFICIAL}  # "VPPrecond": VPPreconditioning, and so on
 SIGMAS = torch.tensor([0.002, 0.02, 0.3, 1.0, 7.0, 80.0], dtype=torch.float64)
 
 
@@ -50,7 +40,7 @@ def batch(mean_square: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("name", COLUMNS)
 def test_preconditioning_agrees_with_the_authors(name, assert_close):
-    """But for one number: where the authors round to u_1000 = 0, at which no network is trained, and say -1, we round to u_999."""
+    """All but one number: where the authors round to u_1000 = 0, where no network is trained, and say -1, we round to u_999."""
     p = COLUMNS[name]()
     for row in OFFICIAL[name]:
         sigma = torch.tensor(row["sigma"], dtype=torch.float64)
@@ -95,11 +85,14 @@ def test_the_initial_loss_of_a_pixel_is_1_if_sigma_data_is_the_datas_root_mean_s
 
 @pytest.mark.parametrize("name", ["VPPrecond", "VEPrecond", "iDDPMPrecond"])
 def test_the_older_networks_predict_the_noise(name, assert_close):
-    """D is y where F is the noise at unit variance (for VE, its negative), and the loss is the square error of F."""
-    p, (y, n) = COLUMNS[name](), batch(0.3)
+    """D is y where F is the noise at unit variance (for VE, its negative), and the loss is the square error of F. For data of
+    variance 1, the input of VP's and iDDPM's networks has unit variance."""
+    p, (y, n) = COLUMNS[name](), batch(1.0)
     epsilon, sign = n / SIGMAS[:, None, None, None], -1 if name == "VEPrecond" else 1
 
     def perfect(x, c_noise):
+        if name != "VEPrecond":
+            assert_close(x.square().mean(dim=(1, 2, 3)), torch.ones(6))
         return torch.cat([sign * epsilon, torch.full_like(x, 99)], dim=1)  # D makes no use of further outputs
 
     assert_close(PreconditionedDenoiser(Network(perfect), p)(y + n, SIGMAS), y)
@@ -108,19 +101,11 @@ def test_the_older_networks_predict_the_noise(name, assert_close):
     assert_close(inverse_variance(SIGMAS, 0.5) * squared_error(D, y), squared_error(F, sign * epsilon), 1e-7)
 
 
-@pytest.mark.parametrize("name", ["VPPrecond", "iDDPMPrecond"])
-def test_the_network_of_vp_and_iddpm_sees_unit_variance_for_data_of_variance_1(name, assert_close):
-    y, n = batch(1.0)
-    seen = []
-    PreconditionedDenoiser(Network(lambda x, c_noise: seen.append(x) or x), COLUMNS[name]())(y + n, SIGMAS)
-    assert_close(seen[0].square().mean(dim=(1, 2, 3)), torch.ones(6))
-
-
 def test_only_iddpm_rounds_noise_levels():
     for name, preconditioning in COLUMNS.items():
         net = PreconditionedDenoiser(nn.Identity(), preconditioning())
         assert (net.round_sigma(3.21) == 3.21) == (name != "iDDPMPrecond")
-    u = iddpm_levels().tolist()
+    u, net = iddpm_levels().tolist(), PreconditionedDenoiser(nn.Identity(), iDDPMPreconditioning())
     middle = (u[400] + u[401]) / 2
     for sigma, nearest in ((1e9, u[0]), (middle * 1.0001, u[400]), (middle * 0.9999, u[401]), (1e-9, u[999])):
         assert net.round_sigma(sigma) == nearest

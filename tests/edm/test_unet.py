@@ -6,28 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from edm.blocks import ADMBlock, Filter
-from edm.precond import (
-    EDMPreconditioning,
-    PreconditionedDenoiser,
-    VEPreconditioning,
-    VPPreconditioning,
-    iDDPMPreconditioning,
-)
+from edm import precond
+from edm.precond import EDMPreconditioning, PreconditionedDenoiser
 from edm.unet import ADM, NETWORKS, DDPMpp, NCSNpp
 
 CASES = json.loads(Path(__file__).parents[1].joinpath("reference", "official_edm.json").read_text())["networks"]
-COLUMNS = {
-    "EDMPrecond": EDMPreconditioning,
-    "VPPrecond": VPPreconditioning,
-    "VEPrecond": VEPreconditioning,
-    "iDDPMPrecond": iDDPMPreconditioning,
-}
-SIZES = ("model_channels", "channel_mult", "num_blocks", "attn_resolutions", "dropout")  # the rest follows from the architecture
+SIZES = ("model_channels", "channel_mult", "num_blocks", "attn_resolutions", "dropout")  # all else is the architecture's
 
 
 def reference_net(case: dict, fill) -> PreconditionedDenoiser:
-    preconditioning = COLUMNS[case["preconditioning"]]()
+    preconditioning = getattr(precond, f"{case['preconditioning']}itioning")()  # "VPPrecond": VPPreconditioning
     res, channels, label_dim, augment_dim = (case[k] for k in ("img_resolution", "img_channels", "label_dim", "augment_dim"))
     sizes = {key: case["options"][key] for key in SIZES}
     architecture = NETWORKS[case["architecture"]]
@@ -113,30 +101,6 @@ def test_initial_weights_of_ddpmpp_and_ncsnpp():
     embedding = NCSNpp(8, 1, model_channels=256, channel_mult=(1,), num_blocks=1).map_noise
     assert embedding.freqs.shape == (256,)
     assert embedding.freqs.std().item() == pytest.approx(16, rel=0.15)
-
-
-@pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
-def test_filters_keep_constants_and_slopes(taps, assert_close):
-    x = torch.arange(16.0).expand(1, 2, 16, 16)
-    down, up = Filter("down", taps), Filter("up", taps)
-    assert_close(down(x)[0, 1, 3, 1:-1], [2.5, 4.5, 6.5, 8.5, 10.5, 12.5], 1e-6)
-    assert up(x).shape == (1, 2, 32, 32)
-    assert_close(up(torch.ones(1, 1, 16, 16))[0, 0, 4:-4, 4:-4], torch.ones(24, 24), 1e-6)
-    assert_close(down(up(x))[0, 0, 8, 2:-2], x[0, 0, 8, 2:-2], 1e-6)
-
-
-def test_heads_attend_on_their_own():
-    """ADM has 64 channels a head. Changing the keys of the second head leaves the first head's channels as they are."""
-    torch.manual_seed(0)
-    block = ADMBlock(128, 128, 8, attention=True)
-    assert block.heads == 2
-    qkv = torch.randn(1, 3 * 128, 4, 4)
-    before = block.attend(qkv)
-    changed = qkv.clone()
-    changed[:, 3 * 64 + 1 :: 3] += torch.randn(1, 64, 4, 4)
-    after = block.attend(changed)
-    assert torch.equal(before[:, :64], after[:, :64])
-    assert (before[:, 64:] != after[:, 64:]).all()
 
 
 def test_dropout_acts_in_training_only(fill):

@@ -85,7 +85,7 @@ def test_every_sampler_parameter_can_be_set_and_matters(grid, trained):
         assert not torch.equal(drawn(*arguments.split()), plain), arguments
     for arguments in ("--discretization ve", "--schedule vp", "--scaling vp"):
         assert not torch.equal(drawn(*arguments.split()), plain), arguments
-    assert not torch.equal(drawn("--guidance", 30), drawn("--guidance", 30, "--clip", "true"))
+    assert not torch.equal(drawn("--guidance", 1000), drawn("--guidance", 1000, "--clip", "true"))
     for arguments in (("--S_noise", 1.5), ("--S_min", 1), ("--S_max", 1)):
         assert not torch.equal(drawn(*churn, *arguments), churned), arguments
     assert not torch.equal(churned, plain)
@@ -101,16 +101,12 @@ def test_exported_weights_give_the_same_images(script, grid, trained, tmp_path):
     assert near(grid(trained), grid("small.pt"), levels=2)
 
 
-SEEDS = {"edm_small": [0, 7, 34], "iddpm_small": [13]}
-
-
-@pytest.mark.parametrize("name", SEEDS)
-def test_the_published_examples_draw_their_pictures(name, grid, root, tmp_path):
-    """The committed pictures are grids of ten columns, and hold these seeds among others."""
-    grid(root / "assets" / f"{name}.pt", "--seeds", ",".join(map(str, SEEDS[name])), "--save_images")
-    committed = picture(root / "assets" / f"{name}.png")
+def test_the_published_example_draws_its_picture(grid, root, tmp_path):
+    """The committed picture holds seeds 0 to 59 in ten columns; these are three of them."""
+    grid(root / "assets" / "edm_small.pt", "--seeds", "0,7,34", "--save_images")
+    committed = picture(root / "assets" / "edm_small.png")
     assert committed.shape == (3, 6 * 34 + 2, 10 * 34 + 2)
-    for seed in SEEDS[name]:
+    for seed in (0, 7, 34):
         expected = tile(committed, seed // 10, seed % 10, 32)
         assert expected.float().std() > 30
         assert near(picture(tmp_path / "grid" / "images" / f"{seed:06d}.png").expand(3, -1, -1), expected)
@@ -119,7 +115,9 @@ def test_the_published_examples_draw_their_pictures(name, grid, root, tmp_path):
 def test_a_network_of_iddpm_samples_along_the_chain(train, grid, tiny):
     """With DDPM's sampler, which adds noise, and with DDIM, which is Euler's method at the chain's noise levels."""
     path = train(tiny, "preconditioning.formulation=iddpm", "training.num_training_steps=1") / "diffusion-1.pt"
-    drawn = {solver: grid(path, "--solver", solver, "--sampling_steps", 8) for solver in ("ancestral", "ddim")}
+    drawn = {
+        solver: grid(path, "--solver", solver, "--sampling_steps", 8, "--clip", "true") for solver in ("ancestral", "ddim")
+    }
     assert all(image.float().std() > 10 for image in drawn.values())
     assert not near(drawn["ancestral"], drawn["ddim"], levels=9)
 

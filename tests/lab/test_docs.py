@@ -1,0 +1,60 @@
+"""What README.md and docs/*.md name exists: functions, entries of configs, tests, files, links, and options of commands."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+from torch.distributed.run import get_args_parser
+
+from lab.config import SECTIONS
+
+ROOT = Path(__file__).parents[2]
+MODULES = {path.stem: f"{path.parent.name}.{path.stem}" for path in [*ROOT.glob("edm/*.py"), *ROOT.glob("lab/*.py")]}
+SCRIPTS = ["train_mnist.py", "sample.py", "lab/evaluate.py", "lab/gallery.py", "benchmarks/throughput.py"]
+FOLDERS = "assets|benchmarks|configs|docs|edm|lab|notebooks|tests"
+FILES = [*ROOT.glob("*"), *(path for folder in FOLDERS.split("|") for path in ROOT.glob(f"{folder}/**/*"))]
+SUFFIXES = ("gif", "json", "jsonl", "md", "png", "pt", "py", "yaml")
+
+
+@pytest.fixture(params=[ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=lambda path: path.name)
+def document(request):
+    return request.param
+
+
+def is_known(module: str, name: str) -> bool:
+    """Return whether a module of edm or lab has the name, or a section of configs the entry."""
+    found = importlib.import_module(MODULES[module]) if module in MODULES else None
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found is not None or name in SECTIONS.get(module, ())
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_bytes()) < 15_000
+
+
+def test_functions_and_entries_of_configs_exist(document):
+    """They are written `module.function`, `section.key` or section.key=value."""
+    named = {*re.findall(r"(?<![\w./-])([a-z_]+)\.(\w+(?:\.\w+)*)[`=]", document.read_text())}
+    assert not [pair for pair in named if {pair[0]} & {*MODULES, *SECTIONS} and pair[1] not in SUFFIXES and not is_known(*pair)]
+
+
+def test_links_files_and_tests_exist(document):
+    text = document.read_text()
+    tests = {name for path in FILES if path.suffix == ".py" for name in re.findall(r"def (test_\w+)", path.read_text())}
+    assert not {name for name in re.findall(r"\btest_\w+\b(?!\.py)", text)} - tests
+    assert not {name for name in re.findall(r"\b\w+\.(?:ipynb|py|yaml)\b", text)} - {path.name for path in FILES}
+    assert not [name for name in re.findall(rf"(?<![\w./-])(?:{FOLDERS})/[\w./]*\w", text) if not (ROOT / name).exists()]
+    links = re.findall(r"\]\(([^)#\s]+)", text)
+    assert not [link for link in links if "://" not in link and not (document.parent / link).exists()]
+
+
+def test_options_exist(document, script):
+    """In the line of a command they are options of that command, elsewhere of any."""
+    helps = {name: script(name, "--help")[1] for name in SCRIPTS}
+    for line in re.sub(r"-m lab\.(\w+)", r"lab/\1.py", document.read_text().replace("\\\n", " ")).splitlines():
+        commands = [name for name in SCRIPTS if name in line and line.startswith("    ")] or SCRIPTS
+        known = "".join([get_args_parser().format_help() * ("torchrun" in line), *map(helps.get, commands)])
+        options = re.findall(r"(?<![\w-])--[A-Za-z]\w*", line.partition("pip install")[0])
+        assert not [option for option in options if not re.search(rf"{option}\b", known)], line

@@ -1,0 +1,180 @@
+"""`python -m lab.gallery` and lab/pictures.py: what is in the pictures is what the sampler and the data set hold."""
+
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from lab import config as configs
+from lab import gallery, pictures
+from lab.cli import UserError
+from lab.data import as_tensors, from_pil, open_dataset, to_model_range
+from lab.generate import generate, load_denoiser
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def draw(script, trained, tmp_path, monkeypatch):
+    """draw("classes", *arguments) -> what was drawn, as arguments of pictures.save_table or save_trajectories."""
+    drawn = []
+    for name in ("save_table", "save_trajectories"):
+        save = getattr(pictures, name)
+        monkeypatch.setattr(pictures, name, lambda *args, save=save: (drawn.append(args), save(*args)))
+
+    def call(picture: str, *arguments, checkpoint=trained) -> tuple:
+        drawn.clear()
+        code, out, err = script("lab/gallery.py", picture, "--checkpoint", checkpoint, *arguments)
+        assert code == 0, err
+        ((path, *shown),) = drawn
+        assert str(path) == f"output/image/image_folder/gallery/tiny/{picture}.png"
+        assert f"the picture is {path}" in out
+        with Image.open(tmp_path / path) as image:
+            assert min(image.size) > 60
+        return tuple(shown)
+
+    return call
+
+
+@pytest.fixture
+def samples(trained):
+    """samples(seeds, *overrides, class_index=None) -> (B, C, H, W), as `generate` makes them."""
+
+    def call(seeds: list[int], *overrides: str, **options) -> torch.Tensor:
+        config, denoiser, _ = load_denoiser(trained, None, list(overrides), CPU)
+        return torch.cat([batch[-1] for batch in generate(denoiser, seeds, config, CPU, batch_size=64, **options)])
+
+    return call
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether no pixel is more than a grey level away."""
+    return one.shape == other.shape and (one.int() - other.int()).abs().max() <= 1
+
+
+def test_the_filmstrip_pairs_noisy_images_with_what_the_network_makes_of_them(draw, samples):
+    images, rows, columns, _ = draw("filmstrip", "--seeds", "5,2", "sampler.sampling_steps=12")
+    assert rows == ["seed 5", "D(x)", "seed 2", "D(x)"]
+    assert images.shape[:2] == (4, len(columns)) == (4, 10)
+    assert columns[-1] == "0"
+    assert [float(name) for name in columns] == sorted(map(float, columns), reverse=True)
+    final = samples([5, 2], "sampler.sampling_steps=12")
+    assert close(images[::2, -1], final)
+    assert close(images[1::2, -1], final)
+    assert not close(images[::2, 0], images[1::2, 0])
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["S_churn=5"], ["solver=euler", "guidance=2"], ["clip=true", "guidance=1000"]], ids=str
+)
+def test_what_the_network_makes_of_a_state(trained, options):
+    """D(x; sigma) at the state's own x, with guidance and clipping; the last state is the sample."""
+    overrides = ["sampler.sampling_steps=5", *(f"sampler.{option}" for option in options)]
+    config, denoiser, _ = load_denoiser(trained, None, overrides, CPU)
+    states = gallery.reverse_process(denoiser, config, CPU, [5, 2], "title")
+    assert len(states) == 5
+    for state in states[:-1]:
+        with torch.no_grad():
+            unconditional, D = (denoiser(state.x, state.sigma, labels) for labels in (None, torch.eye(2)[[1, 0]]))
+        D = unconditional + config.sampler.guidance * (D - unconditional)
+        torch.testing.assert_close(state.denoised, (D.clamp(-1, 1) if config.sampler.clip else D).double())
+    assert torch.equal(states[-1].denoised, states[-1].x)
+
+
+def test_trajectories_are_those_of_pixels_in_the_picture(draw, trained, script):
+    sigma, x, denoised, image, row, columns = draw("trajectories", "--seeds", "3")
+    assert sigma == sorted(sigma, reverse=True)
+    assert x.shape == denoised.shape == (len(sigma), gallery.NUM_PIXELS)
+    pixels = to_model_range(image[0, row, columns]).double()
+    torch.testing.assert_close(x[-1].clamp(-1, 1), pixels, atol=1 / 255, rtol=0)
+    for arguments in (["sampler.sampling_steps=1"], ["--seeds", "0-2"]):
+        code, _, err = script("lab/gallery.py", "trajectories", "--checkpoint", trained, *arguments)
+        assert code == 2
+        assert err == "error: trajectories are drawn for one seed, and take 2 or more sampler.sampling_steps\n"
+
+
+def test_neighbours_are_the_nearest_training_images(draw, samples, image_folder):
+    arguments = ("--data_root", image_folder)
+    images, names, columns, _ = draw("neighbours", "--seeds", "0-2", *arguments)
+    assert close(images[:, 0], samples([0, 1, 2]))
+    data = {"dataset": "image_folder", "root": str(image_folder), "resolution": 8, "channels": 3}
+    config = configs.from_dict({"data": data, "network": {"channel_mult": [1], "attn_resolutions": []}}, "x", "x")
+    train_images, _ = as_tensors(open_dataset(config))
+    for row, name in zip(images, names):
+        distances = (to_model_range(row[0]) - to_model_range(train_images)).square().mean(dim=(1, 2, 3)).sqrt().sort()
+        assert torch.equal(row[1:], train_images[distances.indices[: gallery.NUM_NEIGHBOURS]])
+        assert float(name) == pytest.approx(distances.values[0].item(), abs=1e-3)
+    for path in sorted(image_folder.glob("*/*.png"))[3:]:
+        path.unlink()
+    images, _, columns, _ = draw("neighbours", "--seeds", "0-1", *arguments)
+    assert (images.shape[:2], columns) == ((2, 4), ["sample", *["training"] * 3])
+
+
+def test_test_images_are_compared_with_the_training_images_where_there_are_any(script, root, mnist_folder):
+    arguments = ("--seeds", "0-2", "--data_root", mnist_folder, "sampler.sampling_steps=2")
+    code, out, err = script("lab/gallery.py", "neighbours", "--checkpoint", root / "assets" / "edm_small.pt", *arguments)
+    assert code == 0, err
+    assert " of 3 samples" in out
+    assert "  0.000 of 20 test images" in out  # which are the training images in reverse
+
+
+def test_missing_data_are_noticed_before_anything_is_sampled(script, trained, monkeypatch):
+    monkeypatch.setattr("lab.generate.build_sampler", lambda config: pytest.fail("it samples"))
+    code, out, err = script("lab/gallery.py", "neighbours", "--checkpoint", trained, "--data_root", "nowhere")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: data.root: 'nowhere' is not a folder")
+    assert err.count("\n") == 1
+
+
+def test_a_column_for_each_class_and_a_row_for_each_strength_of_guidance(draw, samples):
+    images, rows, columns, _ = draw("classes", "--seeds", "4-6")
+    assert (rows, columns) == (["seed 4", "seed 5", "seed 6"], ["0", "1"])
+    for index in range(2):
+        assert close(images[:, index], samples([4, 5, 6], class_index=index))
+    images, rows, columns, _ = draw("guidance", "--seeds", "4-6", "sampler.guidance=3")
+    assert columns == ["0", "1", "0"]
+    for row, name in zip(images, rows):
+        assert close(row, samples([4, 5, 6], f"sampler.guidance={name.removeprefix('guidance ')}"))
+    assert not torch.equal(images[0], images[-1])
+
+
+def test_what_cannot_be_drawn_is_one_line(train, tiny, script):
+    overrides = ["network.label_dim=0", "loss.label_dropout=0", "training.num_training_steps=1"]
+    path = train(tiny, *overrides) / "diffusion-1.pt"
+    for arguments, message in {
+        "classes": "the network is unconditional and knows no classes",
+        "guidance": "the network is unconditional and knows no classes",
+        "film": "invalid choice: 'film'",
+        "filmstrip --output_dir tiny.yaml": "cannot write tiny.yaml/filmstrip.png",
+        "filmstrip sampler.solvr=euler": "did you mean 'sampler.solver'",
+    }.items():
+        picture, *others = arguments.split()
+        code, _, err = script("lab/gallery.py", picture, "--checkpoint", path, *others)
+        assert code == 2
+        assert message in err
+        assert err.count("\n") == 1
+
+
+# Parts
+
+
+def test_a_grid_has_two_black_pixels_around_each_image():
+    images = torch.arange(1, 6, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 3, 4)
+    grid = pictures.grid(images, columns=2)
+    assert grid.shape == (3, 3 * 5 + 2, 2 * 6 + 2)
+    assert grid[1, 2:-2:5, 2:-2:6].tolist() == [[1, 2], [3, 4], [5, 0]]
+    assert grid.sum() == 3 * 12 * 15
+    assert pictures.grid(images).shape == (3, 2 * 5 + 2, 3 * 6 + 2)
+
+
+def test_the_loss_curve_is_drawn(tmp_path):
+    """With bands in which no noise level was drawn, and a single step."""
+    for steps in (1, 120):
+        records = torch.rand(steps, 4, generator=torch.Generator().manual_seed(0)) + 0.1
+        records[:, 2] = math.nan
+        pictures.save_loss_curve(tmp_path / f"{steps}.png", range(1, steps + 1), records, [0.1, 1])
+        with Image.open(tmp_path / f"{steps}.png") as image:
+            assert from_pil(image.convert("RGB")).float().std() > 10
+    with pytest.raises(UserError, match="cannot write"):
+        pictures.check_writable(tmp_path / "1.png" / "x.png")

@@ -1,0 +1,150 @@
+"""Runs that are asked to stop: nothing is lost, and the result does not change."""
+
+import os
+import re
+import shlex
+import signal
+
+import pytest
+
+from lab import checkpoint
+from lab.checkpoint import saved_steps
+from lab.cli import UserError
+from lab.run import command_to_resume
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP] if hasattr(signal, "SIGHUP") else [signal.SIGINT, signal.SIGTERM]
+LONG = ("--num_training_steps", 10**6, "--save_and_sample_every_n", 10, "checkpoint.keep_last=2")
+
+
+@pytest.fixture(autouse=True)
+def as_from_a_terminal():
+    """Restore stdout and stderr, which a run closes at SIGHUP; and begin as if nohup had not started the tests."""
+    before = [(number, signal.getsignal(number)) for number in SIGNALS]
+    streams = os.dup(1), os.dup(2)
+    for number in SIGNALS[1:]:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+    for stream, descriptor in zip(streams, (1, 2)):
+        os.dup2(stream, descriptor)
+        os.close(stream)
+
+
+def send(number: int):
+    return lambda learner: os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_a_run_after_the_step_with_a_checkpoint(train, tiny, tmp_path, trained, same, at_step, capsys, number):
+    at_step(4, send(number))
+    with pytest.raises(SystemExit) as stop:
+        train(tiny)
+    assert stop.value.code == 128 + number
+    output = tmp_path / "output"
+    command = f"python train_mnist.py --resume_from latest --config_path {tiny} --output_dir {output}"
+    assert f"Stopped after step 4. To go on:\n  {command}\n" in capsys.readouterr().out
+    assert saved_steps(output / "image/image_folder/tiny") == [3, 4]
+    at_step(4, lambda learner: pytest.fail("step 4 is done again"))
+    folder = train(tiny, "--resume_from", "latest")
+    assert same(checkpoint.load(folder / "diffusion-6.pt") | {"config": 0}, checkpoint.load(trained) | {"config": 0})
+    assert (folder / "metrics.jsonl").read_text() == trained.with_name("metrics.jsonl").read_text()
+
+
+def test_a_sample_grid_that_was_due_is_left_to_the_run_that_goes_on(train, tiny, tmp_path, at_step):
+    at_step(3, send(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        train(tiny)
+    folder = tmp_path / "output/image/image_folder/tiny"
+    assert saved_steps(folder) == [3]
+    assert not (folder / "sample-3.png").exists()
+    train(tiny, "--resume_from", "latest")
+    assert (folder / "sample-3.png").exists()
+
+
+def test_a_run_is_saved_though_nobody_reads_its_output_any_more(train, tiny, tmp_path, at_step, monkeypatch):
+    """As after Ctrl-C on `train_mnist.py 2>&1 | tee log`, which ends the reader too."""
+
+    def stop(learner):
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 2)
+        os.close(writer)
+        monkeypatch.setattr("lab.run.tqdm.update", lambda bar: os.write(2, b"progress"))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(4, stop)
+    with pytest.raises(SystemExit):
+        train(tiny)
+    assert saved_steps(tmp_path / "output/image/image_folder/tiny") == [3, 4]
+
+
+def test_a_second_signal_ends_the_process_at_once(train, tiny, tmp_path, at_step, monkeypatch):
+    """Unless it comes together with the first: torchrun and timeout send a signal twice."""
+
+    class Ended(BaseException):
+        pass
+
+    def end(code: int):
+        raise Ended(code)
+
+    now = [100.0]
+    monkeypatch.setattr("lab.run.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(os, "_exit", end)
+
+    def signals(learner):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        now[0] += 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the process goes on")
+
+    at_step(2, signals)
+    with pytest.raises(Ended, match=str(128 + signal.SIGTERM)):
+        train(tiny)
+    assert saved_steps(tmp_path / "output/image/image_folder/tiny") == []
+
+
+def test_handlers_are_those_of_before_when_a_run_is_over_and_nohup_is_respected(train, tiny, at_step):
+    signal.signal(SIGNALS[-1], signal.SIG_IGN)
+    before = [signal.getsignal(number) for number in SIGNALS]
+    at_step(1, send(SIGNALS[-1]))
+    assert saved_steps(train(tiny)) == [3, 6]
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_the_command_to_resume_leaves_out_what_began_the_run():
+    argv = ["train_mnist.py", "--config_path", "a b.yaml", "training.seed=3", "--overwrite", "--resume_from=x.pt"]
+    argv += ["--seed", "1", "--load_model_weights_from_checkpoint", "y.pt"]
+    expected = "python train_mnist.py --resume_from latest --config_path 'a b.yaml' training.seed=3 --seed 1"
+    assert command_to_resume(argv) == expected
+
+
+def test_the_command_that_is_printed_goes_on(start, train, tiny, tmp_path, steps_recorded, wait_for):
+    """Processes as a user starts and stops them; and no second one trains in the same folder."""
+    folder = tmp_path / "output/image/image_folder/tiny"
+    run = start("train_mnist.py", "--config_path", tiny, *LONG)
+    wait_for(folder / "sample-10.png", run)
+    with pytest.raises(UserError, match=r"another run is training in .*; wait for it, stop it, or"):
+        train(tiny, *LONG, "--overwrite")
+    run.send_signal(signal.SIGTERM)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 143
+    assert "Stopping after this step" in err
+    stopped = int(re.search(r"Stopped after step (\d+)", out)[1])
+    assert saved_steps(folder)[-1] == stopped
+
+    # Ctrl-C on `... 2>&1 | tee log` ends the reader of the pipe as well, but what was trained is saved.
+    reader, writer = os.pipe()
+    python, name, *arguments = shlex.split(out.splitlines()[-1])
+    assert (python, arguments[:2]) == ("python", ["--resume_from", "latest"])
+    run = start(name, *arguments, stdout=writer, stderr=writer)
+    os.close(writer)
+    due = (stopped // 10 + 1) * 10
+    wait_for(folder / f"sample-{due}.png", run)
+    os.close(reader)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=60) in (130, 141)  # 141: the last words could not be printed
+    steps = steps_recorded(folder)
+    assert steps == list(range(1, len(steps) + 1))
+    assert saved_steps(folder)[-1] == len(steps) >= due
