@@ -51,23 +51,21 @@ def forward_flop(config: Config) -> int:
             sides = zip(inputs[0].shape[2:], layer.padding, layer.kernel_size)
             total += 2 * layer.weight.numel() * math.prod(side + 2 * padding - size + 1 for side, padding, size in sides)
         elif isinstance(layer, Block) and layer.heads:  # two products: queries with keys, and their softmax with values
-            total += 2 * 2 * output.shape[1] * output[0, 0].numel() ** 2  # the channels of all heads, the pixels squared
+            total += 2 * 2 * output.shape[1] * output[0, 0].numel() ** 2  # channels of all heads, pixels squared
 
     net = build_network(config).eval()
-    for layer in net.modules():
-        layer.register_forward_hook(count)
+    net.apply(lambda layer: layer.register_forward_hook(count))
     with torch.no_grad():
         net(torch.zeros(1, config.data.channels, config.data.resolution, config.data.resolution), 1.0)
     return total
 
 
 def training_step(config: Config, device: torch.device) -> Callable:
-    """Return a function that does one training step, as the loop in train_mnist.py does it."""
+    """Return a function that does one training step, like the loop in train_mnist.py."""
     batch_size, label_dim, size = config.training.batch_size, config.network.label_dim, config.data.resolution
     images = torch.randint(256, (batch_size, config.data.channels, size, size), dtype=torch.uint8, device=device)
     labels = one_hot(torch.arange(batch_size, device=device) % label_dim, label_dim) if label_dim else None
-    generator = torch.Generator(device).manual_seed(0)
-    learner, weighting = Learner(config, device), build_weighting(config)
+    learner, weighting, generator = Learner(config, device), build_weighting(config), torch.Generator(device)
 
     def step() -> None:
         y = to_model_range(images).contiguous(memory_format=torch.channels_last)
@@ -121,12 +119,11 @@ def measure(action: Callable, flop: int, device: torch.device, precision: torch.
     else:
         import resource  # missing on Windows
 
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )  # of the process
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process so far, in kB; on macOS in bytes
+        memory *= 1 if sys.platform == "darwin" else 1024
     actions = {**make_references(device, precision), "action": (flop, action)}
     times = {name: [] for name in actions}
-    for _ in range(1 + repeats):  # the first time is left out, as it is often longer
+    for _ in range(1 + repeats):  # the first time is left out, as it is often longer than the others
         for name, (_, call) in actions.items():
             times[name].append(seconds(call, device))
     speeds = {name: flop / median(times[name][1:]) / 1e9 for name, (flop, _) in actions.items()}
@@ -146,25 +143,24 @@ def main() -> None:
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that this machine has)")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     args = parser.parse_intermixed_args()
-    overrides = [*args.overrides, "training.accumulation=1", "preconditioning.sigma_data=0.5"]
-    overrides += ["training.compile=true"] * args.compile
-    config, device = load(args.config_path, overrides), pick_device(args.device)
+    overrides = ["training.accumulation=1", "preconditioning.sigma_data=0.5", f"training.compile={args.compile}"]
+    config, device = load(args.config_path, [*args.overrides, *overrides]), pick_device(args.device)
     sizes = args.batch_sizes.split(",") if args.batch_sizes else [config.training.batch_size]
-    cases = [load(args.config_path, [*overrides, f"training.batch_size={size}"]) for size in sizes]
+    cases = [load(args.config_path, [*args.overrides, *overrides, f"training.batch_size={size}"]) for size in sizes]
     precision, flop, sampler = autocast_dtype(config.training.mixed_precision, device), forward_flop(config), config.sampler
     evaluations = 2 * sampler.sampling_steps - 1 if sampler.solver == "heun" else sampler.sampling_steps
     evaluations *= 1 if sampler.guidance == 1 else 2  # with and without the class
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} with {torch.get_num_threads()} threads"
     report = {"config": " ".join([args.config_path, *args.overrides]), "device": name, "torch": torch.__version__}
-    report |= {"precision": str(precision), "forward_gflop": flop / 1e9}
-    print(*(f"{key}: {value}" for key, value in report.items()), sep=", ")
-    rows = report["rows"] = []
+    report |= {"precision": str(precision), "forward_gflop": flop / 1e9, "rows": []}
+    print(*(f"{key}: {value}" for key, value in report.items() if key != "rows"), sep=", ")
     print("what       batch", *(f"{column:>17}" for column in COLUMNS), flush=True)
-    for case, size in ((case, case.training.batch_size) for case in cases):
+    for case in cases:
+        size = case.training.batch_size
         for what, build, passes in (("training", training_step, 3), ("sampling", sampling_run, evaluations)):
             with explain_out_of_memory(f"leave out --batch_sizes {size}"):
                 row = measure(build(case, device), passes * size * flop, device, precision, args.repeats)
-            rows.append(row := {"what": what, "batch_size": size, "images_per_s": 1000 * size / row["ms"], **row})
+            report["rows"].append(row := {"what": what, "batch_size": size, "images_per_s": 1000 * size / row["ms"], **row})
             print(f"{what:<10} {size:>5}", *(f"{row[column]:>17.1f}" for column in COLUMNS), flush=True)
     if args.json:
         write_atomically(args.json, lambda file: file.write(json.dumps(report, indent=1).encode()))

@@ -125,7 +125,7 @@ def train_in(output_dir: Path, config_path: Path, *arguments: object, world: Wor
         patch.setattr(sys, "argv", [str(argument) for argument in argv])
         patch.setattr(train_mnist, "distributed", lambda name: contextlib.nullcontext((torch.device(device), world or World())))
         train_mnist.main()
-    return Path(output_dir) / "image" / "image_folder" / Path(config_path).stem
+    return next(Path(output_dir).glob(f"image/*/{Path(config_path).stem}"))
 
 
 @pytest.fixture

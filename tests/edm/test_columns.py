@@ -29,7 +29,7 @@ COLUMNS = {  # network, preconditioning, distribution of the noise levels, and t
 def new_net(name: str, **options) -> Denoiser:
     """Return a small network of a column, for grey images of 8x8 pixels."""
     network, preconditioning, *_ = COLUMNS[name]
-    sizes = {"model_channels": 16, "channel_mult": (1,), "num_blocks": 1, "attn_resolutions": (), "dropout": 0}
+    sizes = {"model_channels": 16, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (), "dropout": 0}
     torch.manual_seed(0)
     return Denoiser(network(8, 1, preconditioning.outputs, **sizes, **options), preconditioning)
 
@@ -74,8 +74,8 @@ def test_every_column_learns_and_samples_what_it_was_told(name, normal_noise, fi
     classes = torch.arange(14) % 2
     y = 1.3 * classes[:, None, None, None] - 1 + 0.3 * torch.rand(14, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     labels, weighting = one_hot(classes, 2), partial(WEIGHTINGS[name], sigma_data=0.5)
-    net, losses = train(new_net(name, label_dim=2), y, labels, noise_distribution, weighting, steps=100)
-    assert sum(losses[-25:]) < 0.5 * sum(losses[:25])
+    net, losses = train(new_net(name, label_dim=2), y, labels, noise_distribution, weighting, steps=80)
+    assert sum(losses[-20:]) < 0.6 * sum(losses[:20])
 
     for sigma in (0.3, 1.0):
         n = sigma * normal_noise(*y.shape)().float()
@@ -83,7 +83,7 @@ def test_every_column_learns_and_samples_what_it_was_told(name, normal_noise, fi
             error = rms(net(y + n, sigma, labels) - y)
         assert error < 0.5 * min(sigma, rms(y - y.mean()))  # better than leaving the noise, and than the mean of all
 
-    steps, schedule = table_1(60, *choices, sigma_max=5, supported=(preconditioning.sigma_min, preconditioning.sigma_max))
+    steps, schedule = table_1(30, *choices, sigma_max=5, supported=(preconditioning.sigma_min, preconditioning.sigma_max))
     options = {"schedule": schedule, "solver": solver, "round_sigma": net.round_sigma}
     latents = normal_noise(16, 1, 8, 8)()
     with torch.no_grad():

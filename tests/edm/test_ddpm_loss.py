@@ -113,17 +113,13 @@ def test_before_every_timestep_has_a_full_history_all_are_drawn_alike():
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
-def test_a_batch_is_remembered_as_its_losses_one_by_one(batch_size):
-    """However often a timestep occurs in it."""
-    generator, levels = torch.Generator().manual_seed(batch_size), make_chain("cosine", 4).levels
-    whole, single = (ImportanceSampledTimesteps(levels, history_per_term=3) for _ in range(2))
-    expected = {t: [] for t in range(4)}
+def test_the_latest_losses_of_every_timestep_are_remembered_in_order(batch_size):
+    """However often a timestep occurs in a batch."""
+    generator, histories = torch.Generator().manual_seed(batch_size), [[math.nan] * 3 for _ in range(4)]
+    sampler = ImportanceSampledTimesteps(make_chain("cosine", 4).levels, history_per_term=3)
     for _ in range(20):
         t, losses = torch.randint(0, 4, (batch_size,), generator=generator), torch.rand(batch_size, generator=generator)
-        whole.record(t, losses)
-        for place, loss in zip(t, losses):
-            single.record(place[None], loss[None])
-            expected[place.item()].append(loss.item())
-        torch.testing.assert_close(whole.history, single.history, rtol=0, atol=0, equal_nan=True)
-    for t, history in zip(range(4), whole.history.tolist()):
-        assert history[-len(expected[t][-3:]) :] == expected[t][-3:]
+        sampler.record(t, losses)
+        for place, loss in zip(t.tolist(), losses.tolist()):
+            histories[place] = [*histories[place][1:], loss]
+        torch.testing.assert_close(sampler.history, torch.tensor(histories), rtol=0, atol=0, equal_nan=True)

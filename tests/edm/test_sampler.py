@@ -29,7 +29,7 @@ def test_algorithm_1_as_printed_is_the_general_sampler(name, conditional, wave, 
     schedule, sigma_steps = SCHEDULES[name], edm_steps(18)
     latents, labels = wave(3, 1, 2, 4, scale=1.4, frequency=2.3, phase=0.4), wave(3, 1, 1, 1, scale=1, frequency=1, phase=0)
     t_steps = torch.tensor([schedule.t(sigma) for sigma in sigma_steps.tolist()], dtype=torch.float64)
-    images = heun_sampler(conditional, latents, t_steps, schedule, labels)
+    images = heun_sampler(conditional, latents, t_steps, labels, schedule)
     expected = final(sample(conditional, latents, sigma_steps, labels, schedule))
     torch.testing.assert_close(images, expected, rtol=1e-12, atol=1e-12)
 

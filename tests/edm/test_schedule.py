@@ -5,21 +5,7 @@ import math
 import pytest
 import torch
 
-from edm.schedule import (
-    DISCRETIZATIONS,
-    RANGES,
-    SCALINGS,
-    SCHEDULES,
-    VP,
-    NoiseLevels,
-    Schedule,
-    edm_steps,
-    iddpm_levels,
-    iddpm_steps,
-    table_1,
-    ve_steps,
-    vp_steps,
-)
+from edm.schedule import RANGES, VP, NoiseLevels, Schedule, edm_steps, iddpm_levels, iddpm_steps, table_1, ve_steps, vp_steps
 
 CLOSED_FORM = {  # sigma(t), sigma'(t)
     "linear": (lambda t: t, lambda t: 1.0),
@@ -32,8 +18,8 @@ CLOSED_FORM = {  # sigma(t), sigma'(t)
 
 
 @pytest.mark.parametrize("t", [1e-3, 0.03, 0.4, 1.0])
-@pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("scaling", ["none", "vp"])
+@pytest.mark.parametrize("schedule", CLOSED_FORM)
 def test_values_derivatives_and_inverses_are_those_of_table_1(schedule, scaling, t):
     """The derivative of s = (1 + sigma^2)^(-1/2) is s' = -sigma sigma' s^3."""
     ours = table_1(2, "vp", schedule, scaling)[1]  # for VP with the betas of Table 1
@@ -138,7 +124,7 @@ def test_iddpm_steps_are_levels_evenly_spaced_and_can_be_all_of_them():
         iddpm_steps(2000)
 
 
-@pytest.mark.parametrize("name", DISCRETIZATIONS)
+@pytest.mark.parametrize("name", RANGES)
 def test_steps_fall_from_end_to_end_of_the_range_asked_for(name):
     for num_steps in (1, 2, 40):
         steps, _ = table_1(num_steps, name)

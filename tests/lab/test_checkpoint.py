@@ -176,11 +176,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(path):
     assert "\n" not in str(error.value)
     assert path.read_bytes() == before
     assert len(list(path.parent.iterdir())) == 1
-
-
-def test_a_folder_that_is_a_file_is_one_line(path):
     with pytest.raises(UserError, match=r"^cannot write .*x\.pt: (Not a directory|File exists)$"):
-        write_atomically(path / "x.pt", lambda file: None)
+        write_atomically(path / "x.pt", lambda file: None)  # in a folder that is a file
 
 
 # Weights
@@ -206,7 +203,7 @@ def test_a_network_is_checked_before_it_takes_memory(monkeypatch):
     huge = {"model_channels": 2048, "channel_mult": [64, 64, 64], "num_blocks": 64}
     with pytest.raises(UserError, match=rf"network: [\d,]+ parameters are more than the {MAX_PARAMETERS:,} allowed"):
         build_network(configs.from_dict({"network": huge}, "x", "x"))
-    with pytest.raises(UserError, match="network: a layer of 144 channels cannot be normalized"):
+    with pytest.raises(UserError, match="network: a layer of 144 channels cannot be normali"):
         build_network(configs.from_dict({"network": {"model_channels": 48}}, "x", "x"))
     large = configs.from_dict({"network": {"model_channels": 512}}, "x", "x")
     made = []
@@ -217,13 +214,10 @@ def test_a_network_is_checked_before_it_takes_memory(monkeypatch):
 
 
 def test_the_published_examples_load(root):
-    """Their weights are those of the network that their config builds, finite and not the initial ones."""
     paths = sorted((root / "assets").glob("*.pt"))
     assert [path.name for path in paths] == ["edm_small.pt", "iddpm_small.pt"]
     for path in paths:
         contents = checkpoint.load(path)
         config = checkpoint.read_config(contents, path)
-        assert config.name == path.stem
-        net = build_network(config, contents["ema"], path)
-        assert all(tensor.isfinite().all() for tensor in net.state_dict().values())
-        assert contents["step"] == config.training.num_training_steps
+        assert (config.name, config.training.num_training_steps) == (path.stem, contents["step"])
+        build_network(config, contents["ema"], path)

@@ -10,7 +10,7 @@ import yaml
 from lab import checkpoint
 from lab import config as configs
 from lab.build import build_chain_loss, build_noise_distribution, build_sampler, build_weighting, sampling_plan
-from lab.cli import UserError, brief
+from lab.cli import UserError
 from lab.config import CONFIGS, Config
 
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -152,12 +152,7 @@ def test_entries_are_read_as_people_write_them(tmp_path):
     assert from_overrides("preconditioning.sigma_data=auto").preconditioning.sigma_data == "auto"
     for text in ("1e3", "a=b: c", "no"):
         assert from_overrides(f"data.root={text}").data.root == text
-
-
-def test_yamls_no_is_a_choice(tmp_path):
-    for text in ("no", "'no'"):
-        assert configs.load(write(tmp_path, c=f"training: {{mixed_precision: {text}}}")).training.mixed_precision == "no"
-    assert from_overrides("training.mixed_precision=no").training.mixed_precision == "no"
+    assert from_overrides("training.mixed_precision=no").training.mixed_precision == "no"  # which YAML takes for false
 
 
 def test_a_checkpoint_carries_its_config():
@@ -191,39 +186,23 @@ def test_every_entry_is_checked_and_a_misspelt_one_names_it(section, key):
 OVERRIDES = {
     "training.learing_rate=1": "did you mean 'training.learning_rate'",
     "trainin.seed=1": "did you mean 'training'",
-    "training.seed=-1": "command line: training.seed: must be greater than or equal to 0, not -1",
     "training.seed=4294967296": "training.seed: must be less than 4294967296, not 4294967296",
-    "training.seed=1.5": "training.seed: must be a whole number, not 1.5",
     "training.batch_size=true": "training.batch_size: must be a number, not true",
-    "training.batch_size=sixty": "training.batch_size: must be a number, not 'sixty'",
-    "training.learning_rate=.inf": "training.learning_rate: must be a finite number, not inf",
-    "training.learning_rate=0": "training.learning_rate: must be greater than 0, not 0",
-    "training.compile=auto": "training.compile: must be true or false, not 'auto'",
     "training.accumulation=3": "3 does not divide training.batch_size 64",
     "sampler.S_max=.nan": "sampler.S_max: must be greater than or equal to 0, not nan",
     "sampler.S_min=2 sampler.S_max=1": "sampler.S_min: 2.0 must not be above sampler.S_max 1.0",
-    "sampler.alpha=0": "sampler.alpha: must be greater than 0, not 0",
-    "sampler.discretization=dpm": "did you mean 'iddpm'? Allowed: edm, vp, ve, iddpm",
     "sampler.guidance=2": "needs a class-conditional network",
     "loss.label_dropout=0.1": "needs a class-conditional network",
-    "loss.noise_distribution=log_normal": "did you mean 'lognormal'",
-    "network.dropout=1": "network.dropout: must be less than 1, not 1",
     "network.channel_mult=2": "network.channel_mult: must be a list such as [2, 2, 2], not 2",
-    "network.channel_mult=[2, x]": "network.channel_mult: must be a number, not 'x'",
     "network.channel_mult=[]": "network.channel_mult: must have at least 1 item",
     "network.channel_mult=[1, 1, 1, 1, 1, 1, 1]": "halve the image 6 times",
     "network.attn_resolutions=[15]": "15 is not a resolution of this network; allowed: 32, 16, 8",
-    "network.model_channels=33": "network.model_channels: must be a multiple of 2, not 33",
-    "network.augment_dim=3": "network.augment_dim: unknown choice 3; Allowed: 0, 9",
     "data.augment_probability=0.1": "needs network.augment_dim=9",
-    "data.augment_probability=1.5": "must be less than or equal to 1, not 1.5",
     "data.dataset=mnits": "unknown choice 'mnits'; did you mean 'mnist'",
-    "data.channels=2": "data.channels: unknown choice 2; Allowed: 1, 3",
     "data.resolution=16": "padded, never shrunk",
     "data.dataset=cifar10 data.resolution=64": "cifar10 images have 32 pixels, not 64",
     "data.dataset=digits data.resolution=256": "drawn at up to 128 pixels",
     "data.root=": "data.root: must have at least 1 character",
-    "preconditioning.sigma_data=0": "preconditioning.sigma_data: must be greater than 0, not 0",
     "training.seed": "write section.key=value",
     "seed=1": "write section.key=value",
     "training.seed=[": "command line: training.seed, line 1: not valid YAML",
@@ -316,15 +295,6 @@ def test_a_name_from_a_stranger_cannot_leave_the_output_folder(name):
         configs.from_dict({}, name, "x")
 
 
-def test_values_are_shown_in_brief():
-    value = ["x"]
-    for _ in range(100):
-        value = [value, value]
-    for other in (value, "x" * 10**6, 10**5000, {"a": value}, "a\nb", None, True):
-        assert len(brief(other)) <= 60
-        assert "\n" not in brief(other)
-
-
 # Choices that do not fit together
 
 
@@ -338,23 +308,16 @@ UNFIT = {
     "sampler.solver=ancestral sampler.sampling_steps=1001": "sampler: the chain has 1000 timesteps, too few for 1001 steps",
     "sampler.solver=ddim preconditioning.formulation=ve": "the formulation ve does not know the noise levels of the chain",
     "sampler.solver=ancestral sampler.variance=learned_range": "the formulation edm has learned no variance",
+    "loss.objective=hybrid": "needs preconditioning.formulation=improved_ddpm",
+    "loss.objective=vlb preconditioning.formulation=improved_ddpm": "needs the timesteps of a chain",
 }
 
 
 @pytest.mark.parametrize(("overrides", "message"), UNFIT.items(), ids=range(len(UNFIT)))
-def test_a_sampler_that_does_not_fit_together_is_one_line(overrides, message):
+def test_what_does_not_fit_together_is_one_line(overrides, message):
     config = from_overrides(*overrides.split())
     with pytest.raises(UserError, match=re.escape(message)):
-        build_sampler(config)
-
-
-def test_a_loss_that_does_not_fit_together_is_one_line():
-    for overrides, message in {
-        "loss.objective=hybrid": "needs preconditioning.formulation=improved_ddpm",
-        "loss.objective=vlb preconditioning.formulation=improved_ddpm": "needs the timesteps of a chain",
-    }.items():
-        with pytest.raises(UserError, match=message):
-            build_chain_loss(from_overrides(*overrides.split()))
+        build_chain_loss(config) if "loss" in overrides else build_sampler(config)
 
 
 def test_the_range_of_noise_levels_is_the_samplers_within_what_the_network_knows():

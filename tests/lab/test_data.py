@@ -5,7 +5,6 @@ import types
 import zlib
 from collections import Counter
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +29,6 @@ from lab.data import (
 from lab.distributed import World
 
 CPU = torch.device("cpu")
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 def config(dataset: str, root: object, resolution: int, channels: int, label_dim: int = 0) -> configs.Config:
@@ -73,13 +71,6 @@ def test_mnist_is_padded_with_black_and_never_interpolated(mnist_folder):
     assert torch.equal(test_labels, labels.flip(0))
     colour, _ = as_tensors(open_dataset(config("mnist", mnist_folder, 28, 3)))
     assert torch.equal(colour, images.expand(-1, 3, -1, -1))
-
-
-@pytest.mark.skipif(not SHARED.exists(), reason="the real MNIST is not beside the repository")
-def test_real_mnist():
-    images, labels = as_tensors(open_dataset(config("mnist", SHARED, 32, 1, 10)))
-    assert images.shape == (60_000, 1, 32, 32)
-    assert labels[:5].tolist() == [5, 0, 4, 1, 9]
 
 
 def test_missing_data_are_downloaded_into_any_folder(tmp_path, monkeypatch):

@@ -5,12 +5,9 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from edm.augment import augment
 from lab import checkpoint
-from lab import config as configs
 from lab.checkpoint import saved_steps
 from lab.cli import UserError
-from lab.data import batches, open_dataset
 from lab.distributed import World, own_gpu
 
 AUGMENTED = ["training.accumulation=7", "network.augment_dim=9", "data.augment_probability=0.5"]
@@ -108,32 +105,12 @@ def test_two_processes_are_one_run_that_survives_a_crash_and_stops_as_one(
     assert saved_steps(stopped)[-1] == len(steps) >= 5
 
 
-# Shards
-
-
 def test_shards_are_a_partition_of_the_batch():
     for size in (1, 2, 3, 7):
         for count in range(size, 20):
             shards = [range(count)[World(rank, size).shard(count)] for rank in range(size)]
             assert [place for shard in shards for place in shard] == list(range(count))
             assert max(map(len, shards)) - min(map(len, shards)) <= 1
-
-
-def test_ranks_read_and_augment_their_own_images_alone(tiny):
-    worlds = [World(rank, 3) for rank in range(3)]
-    for megabytes in (1, 0):  # in memory, or read batch by batch
-        config = configs.load(tiny, ["training.batch_size=7", f"data.max_resident_mb={megabytes}"])
-        dataset = open_dataset(config)
-        whole = next(batches(dataset, config, 3, torch.device("cpu"), World()))
-        parts = [next(batches(dataset, config, 3, torch.device("cpu"), world)) for world in worlds]
-        assert [len(images) for images, _ in parts] == [2, 2, 3]
-        assert all(torch.equal(torch.cat(ours), theirs) for ours, theirs in zip(zip(*parts), whole))
-    images = whole[0] / 127.5 - 1
-    whole = augment(images, 0.9, torch.Generator().manual_seed(0), 7, slice(0, 7))
-    shards = [world.shard(7) for world in worlds]
-    parts = [augment(images[shard], 0.9, torch.Generator().manual_seed(0), 7, shard) for shard in shards]
-    for ours, theirs in zip(zip(*parts), whole):
-        torch.testing.assert_close(torch.cat(ours), theirs)
 
 
 def test_fewer_images_than_processes_are_refused(train, tiny):

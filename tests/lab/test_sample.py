@@ -77,7 +77,7 @@ def grid(script, tmp_path):
 
 def test_every_sampler_parameter_can_be_set_and_matters(grid, trained):
     def drawn(*arguments) -> torch.Tensor:
-        return grid(trained, "--seeds", "0-2", *arguments)
+        return grid(trained, "--seeds", "0-4", *arguments)
 
     churn = ("--S_churn", 5)
     plain, churned = drawn(), drawn(*churn)
@@ -90,7 +90,7 @@ def test_every_sampler_parameter_can_be_set_and_matters(grid, trained):
         assert not torch.equal(drawn(*churn, *arguments), churned), arguments
     assert not torch.equal(churned, plain)
     assert torch.equal(drawn(*churn, "--batch_size", 1), churned)
-    assert plain.shape[2] == 2 * 10 + 2  # a column for each class
+    assert plain.shape[2] == 2 * 10 + 2  # a column for each class; a square grid would have three
     assert not torch.equal(drawn("--class", 1), drawn("--class", 0))
     assert torch.equal(drawn("--guidance", 0, "--class", 1), drawn("--guidance", 0, "--class", 0))
 
@@ -153,21 +153,15 @@ BAD_CALLS = {
     f"--checkpoint {'x' * 300}": "there is no checkpoint",
     "--checkpoint none.pt": "there is no checkpoint none.pt",
     "--checkpoint \x1b[2J.pt": "there is no checkpoint ?[2J.pt",
-    "--checkpoint tiny.yaml": "tiny.yaml is damaged, or not a checkpoint",
-    "--checkpoint none.pt --num_samples 0": "'0' is not a whole number from 1 to 1,000,000",
     "--checkpoint none.pt --seeds 5-3": "'5-3' is neither a seed nor a range",
     "--checkpoint none.pt --seeds 1,1": "names a seed twice",
     "--checkpoint none.pt --seeds 0-4294967295": "more than a million",
     "--checkpoint none.pt --seeds 1 --num_samples 3": "not allowed with",
     "--checkpoint none.pt --chekpoint": "did you mean --checkpoint",
     "--checkpoint none.pt --device cuda:99": "'cuda:99' is not on this machine; allowed: cpu",
-    "--checkpoint none.pt --mixed_precision fp8": "invalid choice: 'fp8'",
     "TRAINED --class 2": "2 is not a class of",
-    "TRAINED --rho x": "sampler.rho: must be a number, not 'x'",
     "TRAINED --rho 0.005": "sampler.rho: must be greater than or equal to 0.1, not 0.005",
     "TRAINED --sigma_min 99": "sigma_min 99 must be below sigma_max 80",
-    "TRAINED --schedule vp --sigma_min 30": "no VP schedule rises from 30 to 80",
-    "TRAINED --solver heunn": "did you mean 'heun'",
     "TRAINED --export .": "cannot write",
     "TRAINED --output_dir tiny.yaml": "cannot write",
     "TRAINED --config_path none.yaml": "cannot read the config none.yaml: No such file",
@@ -205,15 +199,13 @@ def test_classes_take_turns_by_seed():
 
 
 def test_an_error_is_one_line_and_an_interrupt_has_its_own_code(capsys):
-    def fail():
-        raise UserError("a line\nand \x1b[2J more of it, " + "x" * 2000)
+    def end(error: BaseException):
+        raise error
 
-    def interrupt():
-        raise KeyboardInterrupt
-
-    for main, code, said in ((fail, 2, "error: a line and ?[2J more of it, xxx"), (interrupt, 130, "\nInterrupted.")):
+    long = UserError("a line\nand \x1b[2J more of it, " + "x" * 2000), 2, "error: a line and ?[2J more of it, xxx"
+    for error, code, said in (long, (KeyboardInterrupt(), 130, "\nInterrupted.")):
         with pytest.raises(SystemExit) as stop:
-            run_script(main)
+            run_script(lambda error=error: end(error))
         err = capsys.readouterr().err
         assert stop.value.code == code
         assert err.startswith(said)
