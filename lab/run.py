@@ -48,7 +48,9 @@ class Run:
     def __init__(self, path: Path, config: Config, world: World):
         self.path, self.config, self.world = path, config, world
         self.lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
-        self.signum, self.stopping = 0, False
+        self.signum = 0  # the signal that this rank was sent
+        self.agreed = 0  # the signal that any rank was sent, once all know of it
+        self.stopping = False
         self.began = time.monotonic()
 
     def __enter__(self) -> "Run":
@@ -228,13 +230,13 @@ class Run:
             loss, sigma, importance: (batch_size,), one for each image of the batch of all ranks.
         """
         self.log.add(loss, sigma, importance)
-        self.signum = self.world.all_reduce_max(self.signum)
+        self.agreed = self.world.all_reduce_max(self.signum)  # a signal that comes meanwhile ends the next step
         # After Ctrl-C, whoever reads the bar may be gone, as in `... | tee log`.
         if not self.signum and self.bar.update():  # redrawn: only then are the losses fetched from the device
             self.log.flush()
             rate = (self.bar.format_dict["rate"] or 0) * self.config.training.batch_size
             self.bar.set_postfix_str(f"loss {self.log.mean():.1f}, {rate:.0f} images/s")
-        self.stopping = self.world.all_reduce_max(self.signum > 0 or self.log.has_diverged()) > 0
+        self.stopping = self.world.all_reduce_max(self.agreed > 0 or self.log.has_diverged()) > 0
 
     def save(self, step: int, learner: Learner) -> None:
         """Write the checkpoint of a step, delete those that are not to be kept, and draw the loss curve.
@@ -269,9 +271,9 @@ class Run:
         Raises:
             SystemExit: a signal stopped the run (exit code 128 + signal); the command that goes on is printed.
         """
-        if self.signum:
+        if self.agreed:
             print(f"Stopped after step {step}. To go on:\n  {command_to_resume(sys.argv)}", flush=True)
-            raise SystemExit(128 + self.signum)
+            raise SystemExit(128 + self.agreed)
         path, count = checkpoint_path(self.path, step), self.config.sampler.num_samples
         more = "" if step > first_step else " Ask for more with --num_training_steps."
         print(

@@ -10,6 +10,7 @@ import pytest
 from lab import checkpoint
 from lab.checkpoint import saved_steps
 from lab.cli import UserError
+from lab.distributed import World
 from lab.run import command_to_resume
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP] if hasattr(signal, "SIGHUP") else [signal.SIGINT, signal.SIGTERM]
@@ -60,6 +61,22 @@ def test_a_sample_grid_that_was_due_is_left_to_the_run_that_goes_on(train, tiny,
     assert not (folder / "sample-3.png").exists()
     train(tiny, "--resume_from", "latest")
     assert (folder / "sample-3.png").exists()
+
+
+def test_a_signal_that_comes_while_the_ranks_agree_ends_the_next_step(train, tiny, tmp_path, at_step, monkeypatch):
+    signals = []
+
+    def all_reduce_max(world: World, number: int) -> int:
+        while signals:
+            os.kill(os.getpid(), signals.pop())
+        return number
+
+    monkeypatch.setattr(World, "all_reduce_max", all_reduce_max)
+    at_step(4, lambda learner: signals.append(signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop:
+        train(tiny)
+    assert stop.value.code == 143
+    assert saved_steps(tmp_path / "output/image/image_folder/tiny") == [3, 5]
 
 
 def test_a_run_is_saved_though_nobody_reads_its_output_any_more(train, tiny, tmp_path, at_step, monkeypatch):
