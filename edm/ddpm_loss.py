@@ -33,7 +33,7 @@ class ImportanceSampledTimesteps(nn.Module, NoiseDistribution):
         self.register_buffer("history", torch.full((len(levels.sigma), history_per_term), math.nan))  # the newest last
 
     def weights(self) -> torch.Tensor:
-        """Return the sampling weight of each timestep, (T,); all are 1 until every timestep has a full history."""
+        """Return the relative probability of each timestep, (T,): 1 for all until every timestep has a full history."""
         history = self.history / self.history.max()  # so that squares cannot overflow
         root_mean_square = history.square().mean(dim=1).sqrt()
         weights = root_mean_square / root_mean_square.sum()

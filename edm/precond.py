@@ -33,12 +33,12 @@ class Denoiser(Protocol):
         ...
 
 
-def score(x: torch.Tensor, sigma: float, denoised: torch.Tensor) -> torch.Tensor:
+def score(x: torch.Tensor, sigma: torch.Tensor | float, denoised: torch.Tensor) -> torch.Tensor:
     """Return the score, the gradient of log p(x; sigma) with respect to x: (D(x; sigma) - x) / sigma^2 (Eq. 3).
 
     Args:
         x: (B, C, H, W), noisy images.
-        sigma: their noise level.
+        sigma: their noise level, a number or a tensor that broadcasts to x.
         denoised: (B, C, H, W), D(x; sigma).
     """
     return (denoised - x) / sigma**2
@@ -152,7 +152,7 @@ class iDDPMPreconditioning(NoisePrediction):
     """The iDDPM column: the network knows M noise levels alone, and is told the index of the nearest one.
 
     Args:
-        levels: the noise levels, rising; Table 1's u_j by default. Those of DDPM's chains fit as well (`ddpm.py`).
+        levels: the noise levels, rising; by default Table 1's u_j above 0. Those of DDPM's chains fit as well (`ddpm.py`).
         outputs: 2 if the network also puts out a variance, of which D makes no use, else 1.
     """
 
@@ -168,7 +168,9 @@ class iDDPMPreconditioning(NoisePrediction):
         return self.levels.sigma[-1].item()
 
     def c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
-        return self.levels.nearest(sigma).to(sigma.dtype)  # M - 1 - j of the nearest u_j
+        """Return M - 1 - j of the nearest u_j: 0 for the lowest level, and -1 where u_M = 0 is nearer still."""
+        is_nearest_to_0 = sigma < self.levels.like(sigma)[0] / 2
+        return torch.where(is_nearest_to_0, -1, self.levels.nearest(sigma)).to(sigma.dtype)
 
     def round_sigma(self, sigma: torch.Tensor) -> torch.Tensor:
         return self.levels.like(sigma)[self.levels.nearest(sigma)]

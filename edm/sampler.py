@@ -71,12 +71,12 @@ def stochastic_sampler(
              - beta(t) sigma(t)^2 score(x; sigma(t)) dt    removes noise
              + sqrt(2 beta(t)) sigma(t) dw                 adds as much new noise
 
-    A step of length h adds noise at the rate beta = gamma / h, where gamma = S_churn / N. S_churn = 0 leaves the ODE.
+    A step of length h has beta = gamma / h, where gamma = S_churn / N, but at most sqrt(2) - 1. S_churn = 0 leaves the ODE.
 
     Args:
         D, latents, t_steps, labels: as in `heun_sampler`.
         noise: called once a step; returns noise of unit variance of the latents' shape.
-        S_churn: how much noise is added in all steps together.
+        S_churn: the amount of noise added in all N steps together: each raises the noise level by the factor 1 + gamma.
         S_min, S_max: the noise levels between which it is added.
         S_noise: standard deviation of the added noise; slightly above 1 makes up for detail that D removes.
 
