@@ -8,7 +8,7 @@ import torch
 from lab import pictures
 from lab.cli import Parser, UserError, run_script, seed_list, whole_number
 from lab.config import Sampler
-from lab.device import autocast_dtype, explain_out_of_memory
+from lab.device import autocast_dtype, explain_device_errors
 from lab.distributed import distributed
 from lab.generate import export, generate, grid_columns, load_denoiser, with_arguments
 
@@ -24,7 +24,7 @@ def main() -> None:
         return
     overrides = [f"sampler.{name}={getattr(args, name)}" for name in FLAGS if getattr(args, name) is not None]
     advice = f"lower --batch_size (now {args.batch_size}), or choose fp16 or bf16 for --mixed_precision"
-    with distributed(args.device) as (device, world), explain_out_of_memory(advice):
+    with distributed(args.device) as (device, world), explain_device_errors(advice):
         config, denoiser, _ = load_denoiser(args.checkpoint, args.config_path, overrides, device, world)
         label_dim, class_index = config.network.label_dim, args.class_index
         if class_index is not None and class_index >= label_dim:

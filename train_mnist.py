@@ -13,7 +13,7 @@ from lab.build import build_chain_loss, build_sampler, build_weighting
 from lab.cli import Parser, UserError, run_script
 from lab.config import Config, load
 from lab.data import batches, open_dataset, to_model_range, with_measured_sigma_data
-from lab.device import autocast, explain_out_of_memory
+from lab.device import autocast, explain_device_errors
 from lab.distributed import World, distributed
 from lab.generate import save_grid
 from lab.learner import Learner
@@ -29,7 +29,7 @@ def main() -> None:
         f"lower training.batch_size (now {config.training.batch_size}), raise training.accumulation (now "
         f"{config.training.accumulation}), or choose training.mixed_precision=fp16 or bf16"
     )
-    with distributed(args.device) as (device, world), explain_out_of_memory(advice):
+    with distributed(args.device) as (device, world), explain_device_errors(advice):
         train(config, args, device, world)
 
 

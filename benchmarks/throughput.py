@@ -29,7 +29,7 @@ from lab.checkpoint import write_atomically
 from lab.cli import Parser, run_script, whole_number
 from lab.config import Config, load
 from lab.data import to_model_range
-from lab.device import autocast, autocast_dtype, explain_out_of_memory, pick_device, wait_for
+from lab.device import autocast, autocast_dtype, explain_device_errors, pick_device, wait_for
 from lab.generate import generate
 from lab.learner import Learner
 
@@ -158,7 +158,7 @@ def main() -> None:
     for case in cases:
         size = case.training.batch_size
         for what, build, passes in (("training", training_step, 3), ("sampling", sampling_run, evaluations)):
-            with explain_out_of_memory(f"leave out --batch_sizes {size}"):
+            with explain_device_errors(f"leave out --batch_sizes {size}"):
                 row = measure(build(case, device), passes * size * flop, device, precision, args.repeats)
             report["rows"].append(row := {"what": what, "batch_size": size, "images_per_s": 1000 * size / row["ms"], **row})
             print(f"{what:<10} {size:>5}", *(f"{row[column]:>17.1f}" for column in COLUMNS), flush=True)

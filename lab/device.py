@@ -64,13 +64,19 @@ def wait_for(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(advice: str) -> Iterator[None]:
-    """Turn running out of memory in the block, on a GPU or the CPU, into a `UserError` with the advice."""
+def explain_device_errors(advice: str) -> Iterator[None]:
+    """Turn running out of memory in the block, on a GPU or the CPU, and a failed torch.compile into a `UserError`.
+
+    Args:
+        advice: what to do when memory has run out.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise UserError(f"torch.compile failed, so leave out training.compile or --compile ({reason:.200})") from None
         known = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not known and not re.search(r"out of memory|not enough memory|can't allocate memory", str(error)):
             raise
-        reason = str(error).partition("\n")[0]
         raise UserError(f"out of memory: {advice}{f' ({reason:.200})' * bool(reason)}") from None

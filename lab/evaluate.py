@@ -22,7 +22,7 @@ from lab.checkpoint import write_atomically
 from lab.cli import Parser, UserError, run_script, whole_number
 from lab.config import Config, with_overrides
 from lab.data import HAVE_TEST_SETS, to_model_range
-from lab.device import autocast_dtype, explain_out_of_memory
+from lab.device import autocast_dtype, explain_device_errors
 from lab.distributed import World, distributed
 from lab.generate import class_labels, generate, load_denoiser, with_arguments
 from lab.metrics import MIN_IMAGES, Comparison, LabelledImages, real_images
@@ -47,7 +47,7 @@ CHURN = [0, 1, 2, 4, 7]  # with Heun's method in 18 steps, where gamma reaches i
 def main() -> None:
     args = parse_arguments()
     num_samples, batch_size = args.num_samples, args.batch_size
-    with distributed(args.device) as (device, world), explain_out_of_memory(f"lower --batch_size (now {batch_size})"):
+    with distributed(args.device) as (device, world), explain_device_errors(f"lower --batch_size (now {batch_size})"):
         # First all that can fail because of the arguments; only one rank reports an error.
         first = world.rank_zero_first
         config, denoiser, step = first(lambda: load_denoiser(args.checkpoint, args.config_path, args.overrides, device))

@@ -12,7 +12,7 @@ from lab.build import build_sampler, with_guidance_and_clipping
 from lab.cli import Parser, UserError, run_script, seed_list
 from lab.config import Config, with_overrides
 from lab.data import HAVE_TEST_SETS, as_tensors, open_dataset, to_model_range, to_uint8
-from lab.device import autocast_dtype, explain_out_of_memory, pick_device
+from lab.device import autocast_dtype, explain_device_errors, pick_device
 from lab.generate import class_labels, generate, load_denoiser, with_arguments
 from lab.seeds import ImageNoise
 
@@ -35,7 +35,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     overrides = [*args.overrides, *([f"data.root={args.data_root}"] if args.data_root else [])]
     device = pick_device(args.device)
-    with explain_out_of_memory("ask for fewer --seeds"):
+    with explain_device_errors("ask for fewer --seeds"):
         config, denoiser, _ = load_denoiser(args.checkpoint, args.config_path, overrides, device)
         folder = args.output_dir or Path("output/image") / config.data.dataset / "gallery" / config.name
         path = folder / f"{args.picture}.png"

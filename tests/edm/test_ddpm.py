@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from edm.ddpm import VARIANCES, Chain, ancestral, ddim, make_chain, variational_bound
+from edm.ddpm_loss import HybridLoss, VariationalLoss
 from edm.exact import GaussianMixture
+from edm.loss import inverse_variance
 from edm.precond import PreconditionedDenoiser, iDDPMPreconditioning
 from edm.sampler import clipped, sample
 from edm.schedule import iddpm_levels
@@ -32,27 +34,32 @@ def test_chains_agree_with_the_reference(name, assert_close):
 
 
 @pytest.mark.parametrize("row", REFERENCE["learned_range"], ids=lambda row: f"{row['schedule']}-{row['t']}")
-def test_a_reverse_step_and_its_bound_agree_with_the_reference(row, stand_in, wave, assert_close):
+def test_a_reverse_step_its_bound_and_the_losses_agree_with_the_reference(row, stand_in, wave, assert_close):
+    """L_vlb is T = 1000 times a term of the bound; L_hybrid is L_simple + 0.001 L_vlb (N16)."""
     chain, t = make_chain(row["schedule"]), torch.full((2,), row["t"])
-    y = wave(*SHAPE, scale=0.8, frequency=1.7, phase=0.2)
-    x_t = chain.diffuse(y, t, wave(*SHAPE, scale=math.sqrt(2), frequency=0.9, phase=0.5))
+    y, epsilon = (wave(*SHAPE, scale=s, frequency=f, phase=p) for s, f, p in ((0.8, 1.7, 0.2), (math.sqrt(2), 0.9, 0.5)))
+    x_t, net, sigma = chain.diffuse(y, t, epsilon), stand_in(chain), chain.sigma[t]
     assert_close(x_t.flatten()[:4], row["x_t"], 1e-6)
-    _, mean, log_variance = chain.reverse(stand_in(chain), x_t, t, None, "learned_range")
+    _, mean, log_variance = chain.reverse(net, x_t, t, None, "learned_range")
     assert_close(chain.bound_term(y, x_t, t, mean, log_variance), row["vb_bits"], 1e-6)
-    _, mean, log_variance = chain.reverse(clipped(stand_in(chain)), x_t, t, None, "learned_range")
+    _, mean, log_variance = chain.reverse(clipped(net), x_t, t, None, "learned_range")
     assert_close(mean.flatten()[:4], row["p_mean"], 1e-6)
     assert_close(log_variance.flatten()[:4], row["p_log_variance"], 1e-6)
+    batch = (net, y, sigma[:, None, None, None] * epsilon, sigma, inverse_variance(sigma, 0.5))
+    hybrid, vlb = HybridLoss(chain)(*batch) / 16, VariationalLoss(chain)(*batch) / 16  # of 16 pixels
+    assert_close(hybrid, row["hybrid_loss"], 1e-6)
+    assert_close(vlb, [1000 * term for term in row["vb_bits"]], 1e-6)
+    assert_close(hybrid - 0.001 * vlb, row["mse"], 1e-6)
 
 
 def test_the_reconstruction_at_the_ends_agrees_with_the_reference(stand_in, wave, assert_close):
     """Black and white pixels have the tails of the normal distribution as well (H13)."""
     y = (127.5 * (wave(*SHAPE, scale=1.25, frequency=1.7, phase=0.2).clamp(-1, 1) + 1)).round() / 127.5 - 1
     assert (y.abs() == 1).sum() > 4
-    row = REFERENCE["reconstruction_at_the_ends"]
-    chain, t = make_chain(row["schedule"]), torch.zeros(2, dtype=torch.int64)
-    x_t = chain.diffuse(y, t, wave(*SHAPE, scale=math.sqrt(2), frequency=0.9, phase=0.5))
-    _, mean, log_variance = chain.reverse(stand_in(chain), x_t, t, None, "learned_range")
-    assert_close(chain.bound_term(y, x_t, t, mean, log_variance), row["vb_bits"], 1e-6)
+    row, noise = REFERENCE["reconstruction_at_the_ends"], wave(*SHAPE, scale=math.sqrt(2), frequency=0.9, phase=0.5)
+    chain = make_chain(row["schedule"])
+    *_, reconstruction = variational_bound(stand_in(chain), y, chain.strided(1000), lambda: noise, "learned_range")
+    assert_close(reconstruction, row["vb_bits"], 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -71,23 +78,18 @@ def test_ancestral_sampling_agrees_with_the_reference(row, stand_in, wave, fresh
 # One table of noise levels
 
 
-def test_the_cosine_chain_and_iddpms_column_of_table_1_have_the_same_noise_levels(assert_close):
-    """And so the same preconditioning: a network trained as the one can be sampled as the other."""
+def test_the_cosine_chain_and_iddpms_column_of_table_1_have_the_same_noise_levels(stand_in, wave, fresh_noise, final):
+    """And so the same preconditioning: a network trained as the one can be sampled as the other, with the same images."""
     chain, p = make_chain("cosine", 1000), iDDPMPreconditioning()
     torch.testing.assert_close(chain.sigma.flip(0), iddpm_levels()[:-1], rtol=1e-11, atol=0)
     other, sigma = iDDPMPreconditioning(chain.levels), torch.logspace(-3, 5, 500, dtype=torch.float64)
-    for c in ("c_skip", "c_out", "c_in", "c_noise"):
-        assert torch.equal(getattr(p, c)(sigma), getattr(other, c)(sigma))
+    assert torch.equal(p.c_noise(sigma), other.c_noise(sigma))
     torch.testing.assert_close(p.round_sigma(sigma), other.round_sigma(sigma), rtol=1e-11, atol=0)
     assert (p.sigma_min, p.sigma_max) == pytest.approx((other.sigma_min, other.sigma_max), rel=1e-11)
 
-
-def test_ddpms_sampler_runs_on_iddpms_column_of_table_1(stand_in, wave, fresh_noise, final):
-    """The images are those of the same network on the chain."""
-    chain, latents = make_chain("cosine", 1000).strided(20), wave(*SHAPE, scale=math.sqrt(2), frequency=2.3, phase=0.4)
-    on_chain = stand_in(make_chain("cosine", 1000))
-    in_table_1 = PreconditionedDenoiser(on_chain.model, iDDPMPreconditioning())
-    images = [final(ancestral(net, latents, chain, fresh_noise(latents), "learned_range")) for net in (on_chain, in_table_1)]
+    on_chain, short, latents = stand_in(chain), chain.strided(20), wave(*SHAPE, scale=1.4, frequency=2.3, phase=0.4)
+    nets = (on_chain, PreconditionedDenoiser(on_chain.model, p))
+    images = [final(ancestral(net, latents, short, fresh_noise(latents), "learned_range")) for net in nets]
     torch.testing.assert_close(images[1], images[0], rtol=1e-9, atol=1e-9)
 
 
@@ -117,30 +119,29 @@ class ExactChainDenoiser:
         return torch.cat([D, v.expand_as(D)], dim=1)
 
 
-def expected_bound(chain: Chain, variance: str) -> float:
-    """Return the bound in bits per dimension, averaged by quadrature (exact but for the reconstruction, which is smooth)."""
+# The negative log-likelihood per dimension of the part 2/255 wide around a value, up to its fourth power
+TRUE_BITS = (torch.logdet(2 * math.pi * math.e * COVARIANCE).item() / 4 + math.log(127.5)) / math.log(2)
+
+
+def gap(chain: Chain, variance: str = "learned_range") -> float:
+    """Return how many bits per dimension the mean bound lies above the truth, by quadrature: exact, but for the reconstruction,
+    which is smooth."""
     z, w = map(torch.from_numpy, np.polynomial.hermite_e.hermegauss(6))
     z, w = torch.cartesian_prod(z, z, z, z), torch.cartesian_prod(w, w, w, w).prod(dim=1)
     y = (z[:, :2] @ torch.linalg.cholesky(COVARIANCE).T).view(-1, 1, 1, 2)
     terms = variational_bound(ExactChainDenoiser(chain), y, chain, lambda: z[:, 2:].view_as(y), variance)
-    return ((sum(terms) + chain.prior_term(y)) * w).sum().item() / w.sum().item()
-
-
-def true_bits() -> float:
-    """Return the negative log-likelihood per dimension of the part 2/255 wide around a value, up to its fourth power."""
-    return (torch.logdet(2 * math.pi * math.e * COVARIANCE).item() / 4 + math.log(127.5)) / math.log(2)
+    return ((sum(terms) + chain.prior_term(y)) * w).sum().item() / w.sum().item() - TRUE_BITS
 
 
 @pytest.mark.parametrize("betas", ["linear", "cosine"])
 def test_the_bound_of_a_learned_variance_falls_to_the_truth_as_the_chain_gets_longer(betas):
     """The gap is what a step's covariance between the pixels costs, of the order of a step: it halves with every doubling. The
     bound of a fixed variance is worse."""
-    gaps = [expected_bound(make_chain(betas, length), "learned_range") - true_bits() for length in (25, 50, 100, 200)]
+    gaps = [gap(make_chain(betas, length)) for length in (25, 50, 100, 200)]
     assert min(gaps) > 0
     assert all(1.6 < longer / shorter < 2.1 for longer, shorter in pairwise(gaps))
-    assert min(expected_bound(make_chain(betas, 25), fixed) for fixed in ("fixed_small", "fixed_large")) > gaps[0] + true_bits()
-    whole = make_chain(betas)
-    strided = [expected_bound(whole.strided(length), "learned_range") - true_bits() for length in (10, 30, 100, 300)]
+    assert min(gap(make_chain(betas, 25), fixed) for fixed in ("fixed_small", "fixed_large")) > gaps[0]
+    strided = [gap(make_chain(betas).strided(length)) for length in (10, 30, 100)]
     assert min(strided) > 0
     assert all(longer > 1.3 * shorter for longer, shorter in pairwise(strided))
 
@@ -151,17 +152,17 @@ def test_the_ancestral_sampler_samples_the_data(betas, impulses, final):
     small, fixed_large too large, and the learned variance is better than both. States are data and noise of their level."""
     errors = {}
     for variance in VARIANCES:
-        for num_steps in (200, 400):
+        for num_steps in (100, 200):
             chain, noise = make_chain(betas, num_steps), impulses(num_steps + 1, 2)
             states = list(ancestral(ExactChainDenoiser(chain), noise(), chain, noise, variance))
             x = states[-1].x.flatten(1)
             errors[variance, num_steps] = (TURN @ x.T @ x @ TURN).diagonal().sqrt() / torch.tensor(SPREADS) - 1
-        assert errors[variance, 200].abs().max() > 1.4 * errors[variance, 400].abs().max()
-    assert (errors["fixed_small", 400] < 0).all()
-    assert (errors["fixed_large", 400] > 0).all()
-    small, large, learned = (errors[variance, 400].abs().max() for variance in VARIANCES)
+        assert errors[variance, 100].abs().max() > 1.4 * errors[variance, 200].abs().max()
+    assert (errors["fixed_small", 200] < 0).all()
+    assert (errors["fixed_large", 200] > 0).all()
+    small, large, learned = (errors[variance, 200].abs().max() for variance in VARIANCES)
     assert learned < min(small, large, 0.02)
-    x, noisy = states[200].x.flatten(1), COVARIANCE + states[200].sigma ** 2 * torch.eye(2)
+    x, noisy = states[100].x.flatten(1), COVARIANCE + states[100].sigma ** 2 * torch.eye(2)
     torch.testing.assert_close(x.T @ x, noisy, rtol=0.05, atol=0.01)
 
 
@@ -185,13 +186,13 @@ def test_ddim_is_eulers_method_at_the_chains_noise_levels(betas, steps, stand_in
 
 
 def test_labels_reach_the_denoiser(normal_noise, final, assert_close):
-    noise, chain, labels = normal_noise(*SHAPE), make_chain().strided(5), torch.tensor([0.3, -0.7]).view(2, 1, 1, 1).double()
+    noise, chain, labels = normal_noise(*SHAPE), make_chain().strided(5), torch.tensor([0.3, -0.7]).double().view(2, 1, 1, 1)
 
-    def only_what_it_is_told(x, sigma, labels, all_outputs=False):
+    def told(x, sigma, labels, all_outputs=False):
         return labels.expand(2, 2 if all_outputs else 1, 4, 4)
 
-    chains = [ancestral(only_what_it_is_told, noise(), chain, noise, variance, labels) for variance in VARIANCES]
-    for states in (*chains, ddim(only_what_it_is_told, noise(), chain, labels)):
+    chains = [ancestral(told, noise(), chain, noise, variance, labels) for variance in VARIANCES]
+    for states in (*chains, ddim(told, noise(), chain, labels)):
         assert_close(final(states), labels.expand(SHAPE))
 
 

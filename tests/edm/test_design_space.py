@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from edm.exact import FiniteData, GaussianMixture
+from edm.exact import GaussianMixture
 from edm.sampler import sample
 from edm.schedule import SCALINGS, SCHEDULES, Schedule, edm_steps, table_1
 
@@ -46,10 +46,9 @@ def test_order_of_convergence(choices, solver, order):
 
 
 @pytest.mark.parametrize("alpha", [0.3, 0.5, 2 / 3])
-@pytest.mark.parametrize("choices", [("edm", "linear", "vp"), ("vp", "vp", "none")], ids="-".join)
-def test_order_of_the_second_order_family(choices, alpha):
+def test_order_of_the_second_order_family(alpha):
     """Algorithm 3, with the second evaluation anywhere in the step."""
-    coarse, fine = (error(num_steps, choices, alpha=alpha) for num_steps in (64, 128))
+    coarse, fine = (error(num_steps, ("vp", "vp", "vp"), alpha=alpha) for num_steps in (64, 128))
     assert math.log2(coarse / fine) == pytest.approx(2, abs=0.15)
 
 
@@ -69,19 +68,15 @@ def one_pixel_solution(denoiser: GaussianMixture, x: torch.Tensor, sigma: float,
 
 
 @pytest.mark.parametrize("width", [0.2, 0.0], ids=["mixture", "finite data"])
-@pytest.mark.parametrize(
-    "choices", [("edm", "linear", "none"), ("vp", "vp", "vp"), ("ve", "ve", "none"), ("edm", "vp", "none")], ids="-".join
-)
+@pytest.mark.parametrize("choices", [("edm", "linear", "none"), ("vp", "vp", "vp"), ("ve", "ve", "none")], ids="-".join)
 def test_curved_solutions_are_exact_too(choices, width):
     """A mixture of three peaks, and a data set of three images, each of one pixel: Heun's error is small and of order 2."""
     means = torch.tensor([[-0.6], [0.1], [0.7]], dtype=torch.float64)
-    mixture = GaussianMixture(means, torch.full((3, 1, 1), width, dtype=torch.float64) ** 2)
-    denoiser = mixture if width else FiniteData(means.reshape(3, 1, 1, 1))
-    latents = torch.linspace(-1.9, 2.0, 7, dtype=torch.float64).reshape(7, 1, 1, 1)
-    errors = []
+    mixture = GaussianMixture(means, torch.full((3, 1, 1), width) ** 2)
+    latents, errors = torch.linspace(-1.9, 2.0, 7, dtype=torch.float64).reshape(7, 1, 1, 1), []
     for num_steps in (150, 300):
         steps, schedule = table_1(num_steps, *choices, sigma_min=0.05, sigma_max=30)
-        x = before_zero(sample(denoiser, latents, steps, schedule=schedule))
+        x = before_zero(sample(mixture, latents, steps, schedule=schedule))
         errors.append((x - one_pixel_solution(mixture, latents * 30, 30.0, 0.05)).abs().max().item())
     assert errors[1] < 4e-2
     assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.25)
@@ -91,7 +86,6 @@ OWN = {  # schedules that are not in the paper
     "cosine": Schedule(lambda t: torch.tan(math.pi / 2 * t), lambda t: torch.cos(math.pi / 2 * t)),
     "quadratic": Schedule(lambda t: t**2),
     "geometric": Schedule(lambda t: 0.002 * 40000**t),  # never reaches 0
-    "exponential": Schedule(lambda t: torch.exp(t)),  # nor does this
     "late": Schedule(lambda t: t**3 + t, lambda t: 1 / (1 + t)),
     "kinked": Schedule(lambda t: t if t < 1 else 2 * t - 1, lambda t: 3),
 }
@@ -103,31 +97,13 @@ def test_every_schedule_leads_to_the_same_images(name):
     on the exact path at its noise level, with the scaling divided out. The error is of order 2 but across a kink. Where sigma
     never reaches 0, the last step is to the denoised image."""
     errors = {}
-    for num_steps in (64, 128):
+    for num_steps in (32, 64):
         states = list(sample(GAUSSIAN, LATENTS, edm_steps(num_steps), schedule=OWN[name]))
         assert [state.sigma for state in states] == edm_steps(num_steps)[1:].tolist()
         errors[num_steps] = [(state.x - exact_solution(LATENTS * 80, 80.0, state.sigma)).abs().max() for state in states]
-    assert max(errors[128]) < 0.02
-    assert errors[128][-1] < 1e-2
+    assert max(errors[64]) < 0.06
+    assert errors[64][-1] < 1e-2
     if name != "kinked":
-        assert math.log2(errors[64][-2] / errors[128][-2]) == pytest.approx(2, abs=0.15)
-    if name in ("geometric", "exponential"):
+        assert math.log2(errors[32][-2] / errors[64][-2]) == pytest.approx(2, abs=0.15)
+    if name == "geometric":
         assert torch.equal(states[-1].x, states[-1].denoised)
-
-
-def test_samplers_keep_to_the_noise_levels_that_the_denoiser_knows():
-    """With whole numbers as noise levels: the steps are rounded, and so are the churned levels."""
-    asked = []
-
-    def denoiser(x, sigma, labels=None):
-        asked.append(sigma)
-        return torch.zeros_like(x)
-
-    latents = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    steps = torch.tensor([40.3, 20.2, 9.6, 1.1, 0.0], dtype=torch.float64)
-    options = {"S_churn": 1.0, "S_min": 5, "noise": lambda: latents, "round_sigma": lambda sigma: float(round(sigma))}
-    for schedule in (table_1(2, "edm", "vp", "vp")[1], Schedule(lambda t: t)):
-        asked.clear()
-        states = list(sample(denoiser, latents, steps, schedule=schedule, **options))
-        assert asked == pytest.approx([50, 20, 25, 10, 12, 1, 1])
-        assert [state.sigma for state in states] == [20, 10, 1, 0]

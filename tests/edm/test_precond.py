@@ -8,24 +8,13 @@ import torch
 from torch import nn
 
 from edm import precond
-from edm.loss import edm_weight, inverse_variance, squared_error
+from edm.loss import edm_weight
 from edm.precond import EDMPreconditioning, PreconditionedDenoiser, iDDPMPreconditioning
 from edm.schedule import iddpm_levels
 
 OFFICIAL = json.loads(Path(__file__).parents[1].joinpath("reference", "official_edm.json").read_text())["preconditioning"]
 COLUMNS = {name: getattr(precond, f"{name}itioning") for name in OFFICIAL}  # "VPPrecond": VPPreconditioning, and so on
-SIGMAS = torch.tensor([0.002, 0.02, 0.3, 1.0, 7.0, 80.0], dtype=torch.float64)
-
-
-class Network(nn.Module):
-    """A raw network F given by a function of the input and of c_noise, in float64."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function, self.weight = function, nn.Parameter(torch.ones((), dtype=torch.float64))
-
-    def forward(self, x, c_noise, labels, augment_labels):
-        return self.function(x, c_noise)
+SIGMAS = torch.tensor([0.002, 0.02, 0.3, 1.0, 7.0, 80.0], dtype=torch.float64)[:, None, None, None]
 
 
 def batch(mean_square: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,7 +24,11 @@ def batch(mean_square: float) -> tuple[torch.Tensor, torch.Tensor]:
     with the images has the mean 0.
     """
     signs = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
-    return torch.full((6, 1, 2, 2), mean_square**0.5, dtype=torch.float64), SIGMAS[:, None, None, None] * signs
+    return torch.full((6, 1, 2, 2), mean_square**0.5, dtype=torch.float64), SIGMAS * signs
+
+
+def mean_square(images: torch.Tensor) -> torch.Tensor:
+    return images.square().mean(dim=(1, 2, 3))
 
 
 @pytest.mark.parametrize("name", COLUMNS)
@@ -51,50 +44,33 @@ def test_preconditioning_agrees_with_the_authors(name, assert_close):
 def test_input_and_target_of_the_network_have_mean_square_1(sigma_data, assert_close):
     """Appendix B.6. And no other c_skip leaves a smaller target, which is what c_out amplifies the network's errors by."""
     p, (y, n) = EDMPreconditioning(sigma_data), batch(sigma_data**2)
-    sigma = SIGMAS[:, None, None, None]
-
-    def mean_square(images: torch.Tensor) -> torch.Tensor:
-        return images.square().mean(dim=(1, 2, 3))
-
-    assert_close(mean_square(p.c_in(sigma) * (y + n)), torch.ones(6))
-    assert_close(mean_square((y - p.c_skip(sigma) * (y + n)) / p.c_out(sigma)), torch.ones(6))
-    less, best, more = (mean_square(y - (p.c_skip(sigma) + change) * (y + n)) for change in (-0.01, 0, 0.01))
+    assert_close(mean_square(p.c_in(SIGMAS) * (y + n)), torch.ones(6))
+    assert_close(mean_square((y - p.c_skip(SIGMAS) * (y + n)) / p.c_out(SIGMAS)), torch.ones(6))
+    less, best, more = (mean_square(y - (p.c_skip(SIGMAS) + change) * (y + n)) for change in (-0.01, 0, 0.01))
     assert (best < less).all()
     assert (best < more).all()
 
 
 def test_the_initial_loss_of_a_pixel_is_1_if_sigma_data_is_the_datas_root_mean_square(assert_close):
-    """A new network puts out F = 0. Images of MNIST in [-1, 1] have a mean square of 0.97^2, which is not 0.5^2: then the loss
-    is still 1 at low noise levels, where the noise is what is left, but (0.97 / 0.5)^2 at high ones."""
-
-    def initial_loss(sigma_data: float, mean_square: float) -> torch.Tensor:
-        y, n = batch(mean_square)
-        D = PreconditionedDenoiser(Network(lambda x, c_noise: 0 * x), EDMPreconditioning(sigma_data))(y + n, SIGMAS)
-        return edm_weight(SIGMAS, sigma_data) * squared_error(D, y) / y[0].numel()
-
-    assert_close(initial_loss(0.97, 0.97**2), torch.ones(6))
-    loss = initial_loss(0.5, 0.97**2)
-    assert loss[0].item() == pytest.approx(1, abs=1e-3)
-    assert loss[-1].item() == pytest.approx((0.97 / 0.5) ** 2, rel=1e-3)
-    assert (loss.diff() > 0).all()
+    """A new network puts out F = 0, so D = c_skip x. Images of MNIST in [-1, 1] have a mean square of 0.97^2, not 0.5^2: then
+    the loss is still 1 at low noise levels, where the noise is what is left, but (0.97 / 0.5)^2 at high ones."""
+    y, n = batch(0.97**2)
+    suited, other = (
+        edm_weight(SIGMAS, s).flatten() * mean_square(EDMPreconditioning(s).c_skip(SIGMAS) * (y + n) - y) for s in (0.97, 0.5)
+    )
+    assert_close(suited, torch.ones(6))
+    assert other[[0, -1]].tolist() == pytest.approx([1, (0.97 / 0.5) ** 2], rel=1e-3)
+    assert (other.diff() > 0).all()
 
 
-@pytest.mark.parametrize("name", ["VPPrecond", "VEPrecond", "iDDPMPrecond"])
-def test_the_older_networks_predict_the_noise(name, assert_close):
-    """D is y where F is the noise at unit variance (for VE, its negative), and the loss is the square error of F. For data of
-    variance 1, the input of VP's and iDDPM's networks has unit variance."""
-    p, (y, n) = COLUMNS[name](), batch(1.0)
-    epsilon, sign = n / SIGMAS[:, None, None, None], -1 if name == "VEPrecond" else 1
-
-    def perfect(x, c_noise):
-        if name != "VEPrecond":
-            assert_close(x.square().mean(dim=(1, 2, 3)), torch.ones(6))
-        return torch.cat([sign * epsilon, torch.full_like(x, 99)], dim=1)  # D makes no use of further outputs
-
-    assert_close(PreconditionedDenoiser(Network(perfect), p)(y + n, SIGMAS), y)
-    D = PreconditionedDenoiser(Network(lambda x, c_noise: 0.7 * x), p)(y + n, SIGMAS)
-    F = 0.7 * (y + n) * p.c_in(SIGMAS)[:, None, None, None]
-    assert_close(inverse_variance(SIGMAS, 0.5) * squared_error(D, y), squared_error(F, sign * epsilon), 1e-7)
+def test_the_older_networks_predict_the_noise(assert_close):
+    """D is y where F is the noise at unit variance (for VE, its negative). For data of variance 1, the input of VP's and
+    iDDPM's networks has unit variance."""
+    y, n = batch(1.0)
+    for name, sign in (("VPPrecond", 1), ("iDDPMPrecond", 1), ("VEPrecond", -1)):
+        p = COLUMNS[name]()
+        assert_close(p.c_skip(SIGMAS) * (y + n) + p.c_out(SIGMAS) * sign * n / SIGMAS, y)
+        assert name == "VEPrecond" or mean_square(p.c_in(SIGMAS) * (y + n)).tolist() == pytest.approx([1] * 6)
 
 
 def test_only_iddpm_rounds_noise_levels_and_knows_them_by_their_index():

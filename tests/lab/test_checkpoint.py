@@ -1,8 +1,6 @@
 """Checkpoints: whole or not at all, damage is recognised, and no code in them runs."""
 
-import contextlib
 import os
-import pickle
 import random
 import zipfile
 
@@ -38,39 +36,26 @@ def test_round_trip(path, same):
     assert not same(contents, {**CONTENTS, "ema": {**CONTENTS["ema"], "bias": torch.zeros(7, dtype=torch.float16)}})
     assert checkpoint.read_config(contents, path) == configs.from_dict(CONTENTS["config"], "x", "x")
     assert [file.name for file in path.parent.iterdir()] == ["diffusion-3.pt"]
-
-
-def test_the_comment_of_an_earlier_version_is_ignored(path, same):
-    """Earlier versions wrote a checksum of the file into the archive's comment."""
     with zipfile.ZipFile(path, "a") as archive:
-        archive.comment = b"sha256 " + b"0" * 64
+        archive.comment = b"sha256 " + b"0" * 64  # in which earlier versions wrote a checksum of the file
     assert same(checkpoint.load(path), CONTENTS)
 
 
-def held(path) -> list[int]:
-    """The positions of the bytes that a checkpoint's archive holds: weights, numbers and names."""
-    data, places = path.read_bytes(), []
-    with zipfile.ZipFile(path) as archive:
-        for part in archive.infolist():
-            start = data.index(archive.read(part), part.header_offset + 30 + len(part.filename))
-            places += range(start, start + part.file_size)
-    return places
-
-
 def test_damage_to_any_byte_is_recognised_or_changes_nothing(path, same):
-    """Recognised in all that the archive holds; elsewhere, as in its padding and dates, a byte may not matter."""
-    data, rng, places = path.read_bytes(), random.Random(0), held(path)
-    assert len(places) > 0.5 * len(data)
-    weights = data.index(CONTENTS["ema"]["weight"].numpy().tobytes())
-    assert {weights, weights + 2399} <= set(places)
-    for place in [*rng.sample(places, 150), weights, weights + 2399]:
+    """Recognised in the weights and the pickle about them; elsewhere, as in padding and dates, a byte may not matter."""
+    data, rng = path.read_bytes(), random.Random(0)
+    with zipfile.ZipFile(path) as archive:
+        parts = [archive.read(part) for part in archive.infolist() if part.file_size > 200]
+    held = [place for part in parts for place in range(data.index(part), data.index(part) + len(part))]
+    assert len(held) > 0.5 * len(data) and CONTENTS["ema"]["weight"].numpy().tobytes() in parts
+    anywhere = [*rng.sample(range(len(data)), 250), *range(len(data) - 60, len(data))]
+    for place in rng.sample(held, 150) + anywhere:
         path.write_bytes(data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :])
-        with pytest.raises(UserError, match=r"diffusion-3\.pt is "):
-            checkpoint.load(path)
-    for place in [*rng.sample(range(len(data)), 300), *range(len(data) - 60, len(data))]:
-        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :])
-        with contextlib.suppress(UserError):
+        try:
             assert same(checkpoint.load(path), CONTENTS), place
+            assert place not in held
+        except UserError as error:
+            assert "diffusion-3.pt is " in str(error)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 22, 1000, -23, -22, -1])
@@ -96,16 +81,11 @@ def test_contents_of_a_wrong_kind_are_recognised(path, key, values):
         torch.save({**CONTENTS, key: value}, path)
         with pytest.raises(UserError, match=rf"is not a checkpoint of this project: its {key} "):
             checkpoint.load(path)
-    if key in ("step", "config", "ema"):
-        torch.save({name: value for name, value in CONTENTS.items() if name != key}, path)
-        with pytest.raises(UserError, match="it lacks"):
+    needed = key if key in ("step", "config", "ema") else "name"
+    for other in ({name: value for name, value in CONTENTS.items() if name != needed}, [1, 2], torch.zeros(3)):
+        torch.save(other, path)
+        with pytest.raises(UserError, match="is not a checkpoint of this project: it lacks"):
             checkpoint.load(path)
-
-
-@pytest.mark.parametrize("config", [{"network": {"dropout": "much"}}, {3: {}}, {"network": {3: 1}}, {"base": {}}])
-def test_a_config_of_a_wrong_kind_is_recognised(config):
-    with pytest.raises(UserError, match=r"^the config in x\.pt: "):
-        checkpoint.read_config({"name": "x", "config": config}, "x.pt")
 
 
 class Bomb:
@@ -113,20 +93,12 @@ class Bomb:
         return os.mkdir, ("bomb",)
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda contents, path: path.write_bytes(pickle.dumps(contents))])
-def test_code_in_a_checkpoint_never_runs(tmp_path, monkeypatch, save):
+def test_code_in_a_checkpoint_never_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save({**CONTENTS, "ema": Bomb()}, tmp_path / "bomb.pt")
+    torch.save({**CONTENTS, "ema": Bomb()}, "bomb.pt")
     with pytest.raises(UserError, match=rf"bomb.pt is refused: it asks for {os.mkdir.__module__}.mkdir, which is no data"):
         checkpoint.load("bomb.pt")
-    assert not (tmp_path / "bomb").exists()
-
-
-@pytest.mark.parametrize("contents", [[1, 2], {"model": 1}, torch.zeros(3)], ids=["list", "dict", "tensor"])
-def test_another_file_of_torch_is_no_checkpoint(tmp_path, contents):
-    torch.save(contents, tmp_path / "other.pt")
-    with pytest.raises(UserError, match="is not a checkpoint of this project"):
-        checkpoint.load(tmp_path / "other.pt")
+    assert not os.path.exists("bomb")
 
 
 def test_a_missing_checkpoint_names_its_neighbours(path):
@@ -137,20 +109,19 @@ def test_a_missing_checkpoint_names_its_neighbours(path):
             checkpoint.load(name)
 
 
-# Writing
-
-
-def test_an_interrupted_write_leaves_the_old_file(path):
-    before = path.read_bytes()
-
-    def interrupted(file):
+@pytest.mark.parametrize("failure", [KeyboardInterrupt("a key"), OSError(28, "No space")])
+def test_a_write_that_fails_leaves_the_old_file(path, failure):
+    def write(file):
         file.write(b"half of it")
-        raise KeyboardInterrupt
+        raise failure
 
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, interrupted)
+    before = path.read_bytes()
+    with pytest.raises((KeyboardInterrupt, UserError), match=r"^a key$|^cannot write .*3\.pt: No space$"):
+        write_atomically(path, write)
     assert path.read_bytes() == before
     assert len(list(path.parent.iterdir())) == 1
+    with pytest.raises(UserError, match=r"^cannot write .*x\.pt: (Not a directory|File exists)$"):
+        write_atomically(path / "x.pt", write)  # in a folder that is a file
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(path, monkeypatch):
@@ -163,37 +134,17 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(path, monkeypatch):
     assert path.read_bytes() == b"all of it"
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(path):
-    """A limit on the size of files stands for the full disk."""
-    resource = pytest.importorskip("resource")  # Windows has no such limit
-    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
-    try:
-        with pytest.raises(UserError, match=rf"^cannot write {path}: .+") as error:
-            checkpoint.save(path, {"ema": torch.zeros(9999)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "\n" not in str(error.value)
-    assert path.read_bytes() == before
-    assert len(list(path.parent.iterdir())) == 1
-    with pytest.raises(UserError, match=r"^cannot write .*x\.pt: (Not a directory|File exists)$"):
-        write_atomically(path / "x.pt", lambda file: None)  # in a folder that is a file
-
-
-# Weights
-
-
 def test_weights_of_another_network_are_refused_by_name():
     net = nn.Linear(2, 3)
-    with pytest.raises(UserError, match=r"weight is \(3, 4\) there and \(3, 2\) here"):
-        checkpoint.load_weights(net, nn.Linear(4, 3).state_dict(), "x.pt")
-    with pytest.raises(UserError, match="bias is missing there"):
-        checkpoint.load_weights(net, {"weight": net.weight}, "x.pt")
-    for weights in (None, {"weight": 3}):
-        with pytest.raises(UserError, match="of another network"):
+    for weights, message in (
+        (nn.Linear(4, 3).state_dict(), r"weight is \(3, 4\) there and \(3, 2\) here"),
+        ({"weight": net.weight}, "bias is missing there"),
+        (None, "of another network"),
+        ({"weight": 3}, "of another network"),
+    ):
+        with pytest.raises(UserError, match=message):
             checkpoint.load_weights(net, weights, "x.pt")
-    weights = {name: torch.ones_like(tensor).half() for name, tensor in net.state_dict().items()}
-    checkpoint.load_weights(net, weights, "x.pt")
+    checkpoint.load_weights(net, {name: torch.ones_like(tensor).half() for name, tensor in net.state_dict().items()}, "x.pt")
     assert net.weight.dtype == torch.float32
     assert net.weight.min() == net.weight.max() == 1
 

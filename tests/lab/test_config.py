@@ -21,21 +21,17 @@ def from_overrides(*overrides: str) -> Config:
     return configs.from_dict({}, "x", "x", overrides)
 
 
-# The files
-
-
 def flat(sections: dict) -> dict:
     return {(section, key): value for section, entries in sections.items() for key, value in entries.items()}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_config_makes_sense_explains_its_entries_and_holds_only_what_differs_from_its_base(path):
-    config = configs.load(path)
+    config, values = configs.load(path), yaml.safe_load(path.read_text())
     assert config.name == path.stem
     for build in (build_noise_distribution, build_weighting, build_chain_loss, build_sampler):
         build(config)
     assert all("  # " in line for line in path.read_text().splitlines() if re.match(r"  \w", line))
-    values = yaml.safe_load(path.read_text())
     if name := values.pop("base", None):
         base = next(folder / name for folder in (path.parent, CONFIGS) if (folder / name).exists())
         inherited = flat(configs.load(base).to_dict())
@@ -64,37 +60,36 @@ def test_the_columns_of_table_1_differ_by_their_cells():
     assert changed("edm", "table1_iddpm") == COLUMN | SAMPLING | {"network.architecture"}
 
 
-@pytest.mark.parametrize("formulation", ["vp", "ve"])
-def test_the_rows_of_table_2_differ_by_what_the_paper_changes(formulation):
-    optimisation = {"batch_size", "num_training_steps", "learning_rate", "lr_rampup_images", "max_grad_norm"}
-    rows = {
-        "ab": {f"training.{key}" for key in optimisation} | {"network.dropout", "ema.halflife_images", "ema.rampup_ratio"},
-        "bc": {"network.channel_mult"},
-        "cd": {"preconditioning.formulation"},
-        "de": {"loss.noise_distribution", "loss.weighting"},
-        "ef": {"data.augment_probability", "network.augment_dim"},
-    }
-    for (before, after), entries in rows.items():
-        assert changed(f"table2/{formulation}_{before}", f"table2/{formulation}_{after}") == entries
+TABLE_2 = {
+    "ab": {"training.batch_size", "training.num_training_steps", "training.learning_rate", "training.lr_rampup_images"}
+    | {"training.max_grad_norm", "network.dropout", "ema.halflife_images", "ema.rampup_ratio"},
+    "bc": {"network.channel_mult"},
+    "cd": {"preconditioning.formulation"},
+    "de": {"loss.noise_distribution", "loss.weighting"},
+    "ef": {"data.augment_probability", "network.augment_dim"},
+}
+
+
+def test_the_rows_of_table_2_differ_by_what_the_paper_changes():
+    for (before, after), entries in TABLE_2.items():
+        for formulation in ("vp", "ve"):
+            assert changed(f"table2/{formulation}_{before}", f"table2/{formulation}_{after}") == entries
     assert changed("table2/vp_f", "table2/ve_f") == {"network.architecture"}
     assert changed("table2/vp_a", "table2/ve_a") == {"network.architecture"} | COLUMN
-
-
-def test_the_other_configs_differ_by_what_their_papers_say():
     assert changed("table2/vp_f", "cifar10") == set()
+
+
+def test_the_small_configs_differ_by_what_their_papers_say():
     length = {"training.num_training_steps", "training.save_and_sample_every_n"}
     assert changed("edm_small", "ddpm_small") == COLUMN | length | {"sampler.solver", "sampler.sampling_steps", "sampler.clip"}
     learned = {"preconditioning.formulation", "loss.objective", "network.architecture", "sampler.variance", "chain.betas"}
     assert changed("ddpm_small", "iddpm_small") == learned
 
 
-# How a file is read
-
-
 def write(folder: Path, **files: str) -> Path:
     """Write files of some text; returns the path of the first."""
     for name, text in files.items():
-        (folder / f"{name}.yaml").write_text(text)
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8", errors="surrogateescape")
     return folder / f"{next(iter(files))}.yaml"
 
 
@@ -146,13 +141,8 @@ def test_a_checkpoint_carries_its_config():
     assert checkpoint.read_config({"name": "iddpm_small", "config": old}, "x.pt") == config
     assert old["chain"]["schedule"] == "cosine"  # it is left as it was read
     for wrong in ({"training": {"seed": "x"}}, {3: {}}, {"network": {3: 1}}, {"base": {}}):
-        with pytest.raises(
-            UserError, match=r"^the config in x\.pt: (training\.seed: must be|unknown section|network: unknown key)"
-        ):
+        with pytest.raises(UserError, match=r"^the config in x\.pt: "):
             checkpoint.read_config({"name": "x", "config": wrong}, "x.pt")
-
-
-# What is wrong
 
 
 @pytest.mark.parametrize(("section", "key"), ENTRIES, ids=".".join)
@@ -202,7 +192,7 @@ IMPOSSIBLE = {
 }
 
 
-@pytest.mark.parametrize(("overrides", "message"), IMPOSSIBLE.items(), ids=IMPOSSIBLE)
+@pytest.mark.parametrize(("overrides", "message"), IMPOSSIBLE.items())
 def test_what_is_impossible_or_does_not_fit_together_is_one_line(overrides, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         config = from_overrides(*overrides.split())
@@ -211,52 +201,38 @@ def test_what_is_impossible_or_does_not_fit_together_is_one_line(overrides, mess
     assert "\n" not in str(error.value)
 
 
-# 40 files with one thing wrong, and what the error says; the last ones are based on a file that cannot be read
+ODD_VALUES = ("!!int ''", "!!timestamp x", "2024-13-41", "9" * 5000, "1:" * 180 + "1.5")  # on which PyYAML itself fails
+
+# What errors say, and 40 files with that one thing wrong
 DAMAGED = {
-    "data: 3": "data: must be a mapping of entries, not 3",
-    "- 1": "a config is a mapping of sections",
-    "!!set {data}": "a config is a mapping of sections",
-    "datta: {root: x}": "unknown section 'datta'; did you mean 'data'",
-    "3: {root: x}": "unknown section 3",
-    "name: {x: y}": "unknown section 'name'",
-    "training: {1: 2}": "training: unknown key 1",
-    "data: {[1]: 2}": "line 1: not valid YAML",
-    "data:\n  root: a\n  root: b": "not valid YAML: 'root' is given twice",
-    "data: {root: x}\ndata: {root: y}": "not valid YAML: 'data' is given twice",
-    "data:\n  root: [": "line 2: not valid YAML",
-    "data:\n\troot: x": "line 2: not valid YAML",
-    "training: {<<: 3}": "not valid YAML",
-    "a: 1\n--- \nb: 1": "not valid YAML",
-    "training: *x": "not valid YAML",
-    "training: &x {seed: *x}": "training.seed: must be a whole number, not {'seed'",
-    "data: !!python/object/apply:os.mkdir [bomb]": "not valid YAML",
-    "training: {seed: !!python/name:os.system}": "not valid YAML",
-    "training: {seed: !!int ''}": "not valid YAML",
-    "training: {seed: !!timestamp x}": "not valid YAML",
-    "training: {seed: 2024-13-41}": "not valid YAML",
-    "training: {seed: 2024-01-01}": "training.seed: must be a whole number, not datetime.date(2024, 1, 1)",
-    f"training: {{seed: {'9' * 5000}}}": "not valid YAML",
-    f"training: {{seed: {'9' * 400}}}": "not a number of more than 30 digits",
-    f"training: {{learning_rate: {'1:' * 180}1.5}}": "not valid YAML",
-    "training: {seed: null}": "training.seed: must be a whole number, not nothing",
-    "data: {root: 5}": "data.root: must be text, not 5",
-    "sampler: {solver: [heun]}": "sampler.solver: unknown choice ['heun']",
-    "network: {channel_mult: '123'}": "network.channel_mult: must be a list",
-    "\0": "not valid YAML",
-    "\ufeff\ufeffx": "a config is a mapping of sections",
-    "[" * 600: "not valid YAML",
-    "x" * 100_000: "a config is a mapping of sections",
-    "base: none.yaml": "cannot read the config none.yaml (the base of bad.yaml): No such file or directory; did you mean",
-    "base: bad.yaml": "bad.yaml: base: bad.yaml is based on this file in turn",
-    "base: b.yaml": "b.yaml: base: bad.yaml is based on this file in turn",
-    "base: [b.yaml]": "bad.yaml: base: must be the name of a file, not ['b.yaml']",
-    'base: "b\\0"': "bad.yaml: base: must be the name of a file",
-    f"base: {'x' * 300}": "File name too long",
-    "base: .": "Is a directory",
+    "a config is a mapping of sections": ["- 1", "!!set {data}", "\ufeff\ufeffx", "x" * 100_000],
+    "unknown section 'datta'; did you mean 'data'": ["datta: {root: x}"],
+    "unknown section": ["name: {x: y}"],
+    "data: must be a mapping of entries, not 3": ["data: 3"],
+    "training: unknown key 1": ["training: {1: 2}"],
+    "training.seed: must be a whole number, not nothing": ["training: {seed: null}"],
+    "training.seed: must be a whole number, not ": ["training: &x {seed: *x}", "training: {seed: 2024-01-01}"],
+    "not a number of more than 30 digits": [f"training: {{seed: {'9' * 400}}}"],
+    "data.root: must be text, not 5": ["data: {root: 5}"],
+    "sampler.solver: unknown choice ['heun']": ["sampler: {solver: [heun]}"],
+    "network.channel_mult: must be a list": ["network: {channel_mult: '123'}"],
+    "line 1: not valid YAML": ["data: {[1]: 2}", "training: {<<: 3}", "training: *x"],
+    "line 2: not valid YAML": ["data:\n  root: [", "data:\n\troot: x", "a: 1\n--- \nb: 1"],
+    "'root' is given twice": ["data:\n  root: a\n  root: b"],
+    "'data' is given twice": ["data: {root: x}\ndata: {root: y}"],
+    "not valid YAML: could": ["data: !!python/object/apply:os.mkdir [bomb]", "data:\n  root: !!python/name:os.system"],
+    "not valid YAML: unreadable": ["\0", "[" * 600, *(f"training: {{seed: {value}}}" for value in ODD_VALUES)],
+    "cannot read the config none.yaml (the base of bad.yaml): No such file or directory; did you mean": ["base: none.yaml"],
+    "bad.yaml: base: bad.yaml is based on this file in turn": ["base: bad.yaml"],
+    "b.yaml: base: bad.yaml is based on this file in turn": ["base: b.yaml"],
+    "bad.yaml: base: must be the name of a file": ["base: [b.yaml]", 'base: "b\\0"'],
+    "(the base of bad.yaml): File name too long": [f"base: {'x' * 300}"],
+    "(the base of bad.yaml): Is a directory": ["base: ."],
+    "cannot read the config bad.yaml: it is not UTF-8 text": ["data: {root: \udcff}"],
 }
 
 
-@pytest.mark.parametrize(("text", "message"), DAMAGED.items(), ids=range(len(DAMAGED)))
+@pytest.mark.parametrize(("text", "message"), [(text, message) for message, texts in DAMAGED.items() for text in texts])
 def test_a_damaged_file_is_one_line(text, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write(Path(), bad=text, b="base: bad.yaml\n")
@@ -266,18 +242,6 @@ def test_a_damaged_file_is_one_line(text, message, tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 600
     assert not Path("bomb").exists()
-
-
-def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
-    (tmp_path / "tiny.yaml").write_bytes(b"\xff\xfe\xfa")
-    for name, message in {
-        "tinny.yaml": r"No such file or directory; did you mean '.*tiny\.yaml'",
-        "tiny.yaml": "it is not UTF-8 text",
-        "": "Is a directory",
-        "x" * 300 + "/y.yaml": "File name too long",
-    }.items():
-        with pytest.raises(UserError, match=rf"^cannot read the config .*: {message}"):
-            configs.load(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", "", "a\nb", 5])

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import pytest
 import torch
@@ -19,15 +18,20 @@ from lab.data import to_uint8
 from lab.distributed import World
 from lab.seeds import ImageNoise
 
-IDDPM = ["preconditioning.formulation=improved_ddpm", "loss.noise_distribution=importance", "loss.objective=hybrid"]
-IDDPM += ["loss.weighting=iddpm", "chain.num_timesteps=30", "chain.betas=cosine", "network.architecture=adm"]
-IDDPM += ["sampler.solver=ancestral", "sampler.sampling_steps=5", "sampler.clip=true", "sampler.variance=learned_range"]
+IDDPM = """preconditioning.formulation=improved_ddpm loss.noise_distribution=importance loss.objective=hybrid
+loss.weighting=iddpm chain.num_timesteps=30 chain.betas=cosine network.architecture=adm sampler.solver=ancestral
+sampler.sampling_steps=5 sampler.clip=true sampler.variance=learned_range""".split()
+
+
+@pytest.fixture(autouse=True)
+def short_training(monkeypatch):
+    """Train classifiers for 5 steps."""
+    monkeypatch.setattr("lab.metrics.MIN_STEPS", 5)
 
 
 @pytest.fixture
-def path(train, tiny_grey, monkeypatch):
-    """The checkpoint of Improved DDPM after one step; classifiers are trained for 5 steps."""
-    monkeypatch.setattr("lab.metrics.MIN_STEPS", 5)
+def path(train, tiny_grey):
+    """The checkpoint of Improved DDPM after one step."""
     return train(tiny_grey, *IDDPM, "training.num_training_steps=1") / "diffusion-1.pt"
 
 
@@ -46,42 +50,47 @@ def run(script, tmp_path):
 # The command
 
 
-def test_a_checkpoint_is_evaluated(path, run, tmp_path):
-    """Samples beside real images, bits by the ODE and by the bound; the classifier is trained once."""
+def test_a_checkpoint_is_evaluated(path, run, start, tmp_path):
+    """Samples beside real images, bits by the ODE and by the bound, by two processes as by one; the classifier is trained once."""
     few = ("--num_samples", 8, "--num_images", 5)
-    out, figures = run(path, *few, "--batch_size", 2, "--ode_steps", 3)
+    out, one = run(path, *few, "--batch_size", 2, "--ode_steps", 3)
     for text in ("8 samples", "Frechet distance", "precision", "recall", "share of class 1", "in 3 steps", "reconstruction"):
         assert text in out
-    assert "warning: the Frechet distance of 8 samples says little; compare 500 or more" in out
-    bound, ode = figures["bits_per_dimension"]["bound"], figures["bits_per_dimension"]["ode"]
+    bound, ode = one["bits_per_dimension"]["bound"], one["bits_per_dimension"]["ode"]
     assert len(bound["terms"]) == 30
     assert sum(bound["terms"]) + bound["prior"] == pytest.approx(bound["total"])
     assert (ode["images"], ode["steps"]) == (5, 3)
-    assert (figures["step"], figures["against"]) == (1, "one half of the images")
-    assert figures["samples"]["images"] == 8
-    assert figures["floor"]["images"] == 7  # the other half of 13
-    assert sum(figures["samples"]["class_shares"]) == pytest.approx(1)
+    assert (one["step"], one["against"]) == (1, "one half of the images")
+    assert (one["samples"]["images"], one["floor"]["images"]) == (8, 7)  # the other half of 13
+    assert sum(one["samples"]["class_shares"]) == pytest.approx(1)
     before = [(file, file.read_bytes()) for file in (tmp_path / "output/classifier").glob("*.pt")]
     assert len(before) == 1
+
+    process = start("lab/evaluate.py", "--checkpoint", path, *few, "--ode_steps", 3, "--json", "two.json", torchrun=2)
     options = ("--timesteps", 6, "sampler.variance=fixed_large", "--against", "train")
     _, again = run(path, *few, "--batch_size", 5, *options)
-    assert len(again["bits_per_dimension"]["bound"]["terms"]) == 6
-    assert again["floor"]["images"] == 6
+    assert len(again["bits_per_dimension"]["bound"]["terms"]) == again["floor"]["images"] == 6
+
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert out.count("warning: the Frechet distance of 8 samples says little; compare 500 or more") == 1
+    two = json.loads((tmp_path / "two.json").read_text())
+    for part in ("samples", "floor"):
+        for figure in one[part]:
+            assert two[part][figure] == pytest.approx(one[part][figure], rel=0.02), figure  # a pixel may be a grey level away
+    for part in ("ode", "bound"):
+        assert two["bits_per_dimension"][part]["total"] == pytest.approx(one["bits_per_dimension"][part]["total"], rel=1e-5)
     assert all(file.read_bytes() == content for file, content in before)
 
 
-def test_five_hundred_samples_are_enough_for_no_warning(trained, run, monkeypatch):
-    monkeypatch.setattr("lab.metrics.MIN_STEPS", 5)
-    out, figures = run(trained, "--num_samples", 500, "--num_images", 0, "sampler.sampling_steps=2", "--batch_size", 500)
-    assert "warning" not in out
-    assert figures["samples"]["images"] == 500
-
-
-@pytest.mark.parametrize("label_dim", [2, 3])
-def test_right_class_is_left_out_if_the_network_knows_classes_that_the_data_lack(label_dim, train, tiny_grey, run, monkeypatch):
-    monkeypatch.setattr("lab.metrics.MIN_STEPS", 5)
+@pytest.mark.parametrize(("label_dim", "count"), [(2, 500), (3, 499)])
+def test_what_is_said_only_sometimes(label_dim, count, train, tiny_grey, run):
+    """A warning about fewer than 500 samples; the share of the right class if the data have the classes that the network knows."""
     path = train(tiny_grey, f"network.label_dim={label_dim}", "training.num_training_steps=1") / "diffusion-1.pt"
-    out, figures = run(path, "--num_samples", 4, "--num_images", 0)
+    few = ("--num_images", 0, "--batch_size", 500, "sampler.sampling_steps=1")
+    out, figures = run(path, "--num_samples", count, *few)
+    assert figures["samples"]["images"] == count
+    assert ("warning" in out) == (count < 500)
     assert ("right_class" in figures["samples"]) == ("of the right class" in out) == (label_dim == 2)
 
 
@@ -95,11 +104,9 @@ REFUSED = {
     "--num_samples 0 sampler.sigma_min=1 sampler.sigma_max=1.001 sampler.solver=ancestral": "two noise levels from 1 to 1.001",
     "--data_root nowhere": "data.root: 'nowhere' is not a folder",
     "chain.num_timesteps=31": "chain.num_timesteps=30, which cannot be changed",
-    "sampler.solvr=ddim": "unknown key; did you mean 'sampler.solver'",
     "sampler.sampling_steps=31": "sampler: the chain has 30 timesteps, too few for 31 steps",
     "--json grey/tiny.yaml/x.json": "cannot write grey/tiny.yaml/x.json",
     "--json output": "cannot write output: it is a folder",
-    "--against tests": "invalid choice: 'tests'",
 }
 
 
@@ -111,30 +118,14 @@ def test_what_cannot_be_evaluated_is_one_line(path, script):
         assert err.count("\n") == 1
 
 
-def test_a_network_that_knows_other_noise_levels_has_no_bound(train, tiny_grey, run, script):
-    path = train(tiny_grey, "preconditioning.formulation=ve", "training.num_training_steps=1") / "diffusion-1.pt"
-    out, figures = run(path, "--num_samples", 0, "--num_images", 3, "--ode_steps", 3)
+def test_a_network_that_knows_other_noise_levels_has_no_bound(trained, run, script):
+    arguments = ("preconditioning.formulation=ve", "--num_samples", 0)
+    out, figures = run(trained, *arguments, "--num_images", 3, "--ode_steps", 3)
     assert figures["bits_per_dimension"].keys() == {"ode"}
     assert "by the bound" not in out
-    code, _, err = script("lab/evaluate.py", "--checkpoint", path, "--num_samples", 0, "--timesteps", 3)
+    code, _, err = script("lab/evaluate.py", "--checkpoint", trained, *arguments, "--timesteps", 3)
     assert code == 2
     assert "error: the bound: sampler: the formulation ve does not know the noise levels of the chain" in err
-
-
-def test_an_evaluation_does_not_depend_on_the_number_of_processes(path, run, start, tmp_path):
-    """Samples, floor, the ODE's bits and the bound, of 5 images between two."""
-    arguments = ("--num_samples", 6, "--num_images", 5, "--ode_steps", 4)
-    _, one = run(path, *arguments)
-    process = start("lab/evaluate.py", "--checkpoint", path, *arguments, "--json", "two.json", torchrun=2)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    assert out.count("Frechet distance of 6 samples says little") == 1
-    two = json.loads((tmp_path / "two.json").read_text())
-    for part in ("samples", "floor"):
-        for figure in one[part]:
-            assert two[part][figure] == pytest.approx(one[part][figure], rel=0.02), figure  # a pixel may be a grey level away
-    for part in ("ode", "bound"):
-        assert two["bits_per_dimension"][part]["total"] == pytest.approx(one["bits_per_dimension"][part]["total"], rel=1e-5)
 
 
 # Bits per dimension
@@ -172,31 +163,29 @@ def test_the_odes_bits_are_those_of_the_mixture(mixture, monkeypatch):
 
 
 def test_the_bound_is_a_little_above_the_bits_of_the_mixture(mixture):
-    """Which are -log2 of the probability of each pixel's grey level."""
+    """Which are -log2 of the probability of each pixel's grey level. It is clipped if samples are."""
     images, denoiser = mixture
     edges = [(images.double() + side) / 127.5 - 1 for side in (-0.5, 0.5)]
     low, high = (sum(torch.special.ndtr((edge - mean) / 0.2) for mean in (-0.5, 0.5)) / 2 for edge in edges)
     bits = -(high - low).log2().mean().item()
-    config, chain = configs.from_dict({"sampler": {"variance": "fixed_large"}}, "x", "x"), make_chain("cosine", 1000)
-    found = evaluate.bound_bits(denoiser, config, chain, images, None, 40, World())
+
+    def bound(D=denoiser, chain=make_chain("cosine", 1000), batch_size=40, **sampler) -> dict:
+        config = configs.from_dict({"sampler": sampler}, "x", "x")
+        return evaluate.bound_bits(D, config, chain, images, None, batch_size, World())
+
+    found = bound(variance="fixed_large")
     assert bits < found["total"] < bits + 0.1
     assert found["total"] == pytest.approx(found["prior"] + sum(found["terms"]))
-    assert evaluate.bound_bits(denoiser, configs.Config(), chain, images, None, 40, World())["total"] > found["total"] + 0.3
-
-
-def test_the_bound_is_clipped_if_the_samples_are_and_does_not_depend_on_the_batch(mixture):
-    images, denoiser = mixture
-
-    def total(D, clip: bool, batch_size: int = 40) -> float:
-        config = configs.from_dict({"sampler": {"clip": clip}}, "x", "x")
-        return evaluate.bound_bits(D, config, make_chain("linear", 30), images, None, batch_size, World())["total"]
+    assert bound()["total"] > found["total"] + 0.3
 
     def far(*args):
         return 4 * denoiser(*args)
 
-    assert total(far, clip=True) == pytest.approx(total(lambda *args: far(*args).clamp(-1, 1), clip=False))
-    assert total(far, clip=True) < total(far, clip=False)
-    assert total(far, clip=True) == pytest.approx(total(far, clip=True, batch_size=7))
+    short = make_chain("linear", 30)
+    clipped = bound(far, short, clip=True)["total"]
+    assert clipped == pytest.approx(bound(lambda *args: far(*args).clamp(-1, 1), short)["total"])
+    assert clipped == pytest.approx(bound(far, short, batch_size=7, clip=True)["total"])
+    assert clipped < bound(far, short)["total"]
 
 
 def test_the_odes_noise_levels_are_the_samplers():
@@ -214,23 +203,22 @@ def test_the_odes_noise_levels_are_the_samplers():
 # The sweep
 
 
-def test_a_sweep_is_drawn_and_counts_the_networks_evaluations(path, script, tmp_path, monkeypatch, capsys):
+def test_a_sweep_is_drawn_and_counts_the_networks_evaluations(path, run, tmp_path, monkeypatch):
     """Twice as many with guidance; what a sampler cannot do is left out."""
-    HEUN, churn = evaluate.HEUN, ["sampler.S_churn=4"]
-    samplers = {"ancestral": ([2, 31], ["sampler.solver=ancestral"]), "heun": ([3, 18], HEUN), "churn": ([18], [*HEUN, *churn])}
+    heun, churned = evaluate.HEUN, [*evaluate.HEUN, "sampler.S_churn=4"]
+    samplers = {"ancestral": ([2, 31], ["sampler.solver=ancestral"]), "heun": ([3, 18], heun), "churn": ([18], churned)}
     monkeypatch.setattr(evaluate, "SAMPLERS", samplers)
     monkeypatch.setattr(evaluate, "CHURN", [0, 4])
+    monkeypatch.setattr("runpy.run_path", lambda *args, **options: evaluate.main())  # it would read the samplers anew
     for guidance in (1, 2):
-        arguments = ["--num_samples", "4", "--sweep", "--batch_size", "3", "--json", "x.json", f"sampler.guidance={guidance}"]
-        monkeypatch.setattr(sys, "argv", ["evaluate", "--checkpoint", str(path), *arguments])
-        evaluate.main()
-        assert "ancestral at 31 steps is left out: sampler: the chain has 30 timesteps" in capsys.readouterr().out
-        figures = json.loads((tmp_path / "x.json").read_text())["sweep"]
-        counts = {name: [evaluations for evaluations, _ in curve] for name, curve in figures["samplers"].items()}
+        out, figures = run(path, "--num_samples", 4, "--sweep", "--batch_size", 3, f"sampler.guidance={guidance}")
+        assert "ancestral at 31 steps is left out: sampler: the chain has 30 timesteps" in out
+        found = figures["sweep"]["samplers"]
+        counts = {name: [evaluations for evaluations, _ in curve] for name, curve in found.items()}
         assert counts == {"ancestral": [2 * guidance], "heun": [5 * guidance, 35 * guidance], "churn": [35 * guidance]}
-        assert figures["churn"] == [[0, figures["samplers"]["heun"][-1][1]], [4, figures["samplers"]["churn"][-1][1]]]
-        assert figures["churn"][0][1] != figures["churn"][1][1]
-        assert figures["floor"] > 0
+        assert figures["sweep"]["churn"] == [[0, found["heun"][-1][1]], [4, found["churn"][-1][1]]]
+        assert found["heun"][-1][1] != found["churn"][-1][1]
+        assert figures["sweep"]["floor"] > 0
     assert (tmp_path / "output/image/image_folder/evaluate/tiny/sweep.png").stat().st_size > 10_000
 
 

@@ -15,7 +15,7 @@ from lab import checkpoint
 from lab import config as configs
 from lab.checkpoint import saved_steps
 from lab.cli import UserError
-from lab.device import explain_out_of_memory
+from lab.device import explain_device_errors
 from lab.distributed import World
 from lab.losslog import LossLog
 from lab.pictures import running_means
@@ -329,9 +329,9 @@ def test_running_out_of_memory_is_explained(train, tiny, at_step):
     message = r"out of memory: lower training\.batch_size .*accumulation .*mixed_precision.*\(CUDA out of memory.*GiB\.\)$"
     with pytest.raises(UserError, match=message):
         train(tiny)
-    with pytest.raises(UserError, match=r"out of memory: less \("), explain_out_of_memory("less"):
+    with pytest.raises(UserError, match=r"out of memory: less \("), explain_device_errors("less"):
         torch.empty(2**50)
-    with pytest.raises(RuntimeError, match="shapes"), explain_out_of_memory("less"):
+    with pytest.raises(RuntimeError, match="shapes"), explain_device_errors("less"):
         torch.ones(2, 3) @ torch.ones(2, 3)
 
 

@@ -143,7 +143,7 @@ def test_the_command_that_is_printed_goes_on(start, train, tiny, tmp_path, steps
     run = start("train_mnist.py", "--config_path", tiny, *LONG)
     wait_for(folder / "sample-10.png", run)
     with pytest.raises(UserError, match=r"another run is training in .*; wait for it, stop it, or"):
-        train(tiny, *LONG, "--overwrite")
+        train(tiny, "--overwrite")
     run.send_signal(signal.SIGTERM)
     out, err = run.communicate(timeout=60)
     assert run.returncode == 143
