@@ -1,4 +1,4 @@
-"""Training in every column of Table 1, and with augmentation: it learns, and the samples are what was learned.
+"""Training in every column of Table 1, with augmentation, and the moving average of the weights.
 
 The training loop is the paper's in a few lines; `train_mnist.py` has the same with all that a long run needs.
 """
@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import one_hot
 
 from edm.augment import augment
@@ -27,10 +28,7 @@ COLUMNS = {  # network, preconditioning, distribution of the noise levels, and t
 
 
 def train(name: str, images: torch.Tensor, labels, noise_distribution, steps: int, augment_probability=0.0, **options):
-    """Train a small network of a column on images (N, 1, 8, 8) with labels (N, K) or None, in batches of 16.
-
-    Returns the network with the averaged weights, and the losses.
-    """
+    """Train a small network on images (N, 1, 8, 8) with labels (N, K); returns it with the averaged weights, and the losses."""
     torch.manual_seed(0)
     network, preconditioning, *_ = COLUMNS[name]
     sizes = {"model_channels": 16, "channel_mult": (1,), "num_blocks": 1, "attn_resolutions": (), "dropout": 0}
@@ -67,7 +65,9 @@ def test_every_column_learns_and_samples_what_it_was_told(name, normal_noise, fi
 
     for sigma in (0.3, 1.0):
         D = net(y + sigma * normal_noise(*y.shape)().float(), sigma, labels)
-        assert (D - y).square().mean().sqrt() < 0.5 * min(sigma, y.std())  # better than leaving the noise, and than the mean of all
+        assert (D - y).square().mean().sqrt() < 0.5 * min(
+            sigma, y.std()
+        )  # better than leaving the noise, and than the mean of all
 
     steps, schedule = table_1(20, *choices, sigma_max=5, supported=(preconditioning.sigma_min, preconditioning.sigma_max))
     options = {"schedule": schedule, "solver": solver, "round_sigma": net.round_sigma}
@@ -90,3 +90,26 @@ def test_augmentation_does_not_leak_into_the_samples(normal_noise, final):
         x = final(sample(partial(net, augment_labels=flip), normal_noise(32, 1, 8, 8)(), edm_steps(18)))
         bright, mean = x[..., left].mean(dim=(1, 2, 3)), x.mean(dim=(1, 2, 3))
         assert ((bright > 0.2) & (2 * mean - bright < -0.2)).sum() >= 30
+
+
+def test_after_one_half_life_half_of_the_old_weight_is_left():
+    """With constant weights w from the start, the average is w + (w_0 - w) prod(beta); beta = 0.5^(batch / half-life)."""
+    net = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(net.weight)
+    ema = EMA(net, halflife_images=1000, rampup_ratio=None)
+    nn.init.ones_(net.weight)
+    for step in range(1, 51):
+        ema.update(images_seen=20 * step, batch_size=20)
+    assert ema.net.weight.item() == pytest.approx(0.5, abs=1e-5)  # after 1000 images
+    assert net.weight.item() == 1
+    assert not ema.net.weight.requires_grad
+
+
+def test_the_half_life_ramps_up_and_does_not_depend_on_the_batch_size():
+    net = nn.Linear(1, 1)
+    ema = EMA(net, halflife_images=500, rampup_ratio=0.05)
+    assert ema.beta(images_seen=100, batch_size=10) == pytest.approx(0.5 ** (10 / 5))  # 5% of 100 images
+    assert ema.beta(images_seen=10_000, batch_size=10) == pytest.approx(0.5 ** (10 / 500))
+    assert ema.beta(images_seen=10**9, batch_size=10) == ema.beta(images_seen=10_000, batch_size=10)
+    assert EMA(net, 500, None).beta(images_seen=100, batch_size=10) == pytest.approx(0.5 ** (10 / 500))
+    assert ema.beta(10**9, 10) ** 8 == pytest.approx(ema.beta(10**9, 80))

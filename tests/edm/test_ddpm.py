@@ -1,4 +1,4 @@
-"""The chains of DDPM and Improved DDPM: against reference numbers, closed forms, and the general sampler."""
+"""The chains of DDPM and Improved DDPM: against reference numbers, closed forms, and the general sampler. Training on them."""
 
 import json
 import math
@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from edm.ddpm import VARIANCES, Chain, ancestral, ddim, make_chain, variational_bound
-from edm.ddpm_loss import HybridLoss, VariationalLoss
+from edm.ddpm_loss import HybridLoss, ImportanceSampledTimesteps, VariationalLoss
 from edm.exact import GaussianMixture
-from edm.loss import inverse_variance
+from edm.loss import inverse_variance, squared_error
 from edm.precond import PreconditionedDenoiser, iDDPMPreconditioning
 from edm.sampler import clipped, sample
 from edm.schedule import iddpm_levels
@@ -56,10 +56,11 @@ def test_the_reconstruction_at_the_ends_agrees_with_the_reference(stand_in, wave
     """Black and white pixels have the tails of the normal distribution as well (H13)."""
     y = (127.5 * (wave(*SHAPE, scale=1.25, frequency=1.7, phase=0.2).clamp(-1, 1) + 1)).round() / 127.5 - 1
     assert (y.abs() == 1).sum() > 4
-    row, noise = REFERENCE["reconstruction_at_the_ends"], wave(*SHAPE, scale=math.sqrt(2), frequency=0.9, phase=0.5)
-    chain = make_chain(row["schedule"])
-    *_, reconstruction = variational_bound(stand_in(chain), y, chain.strided(1000), lambda: noise, "learned_range")
-    assert_close(reconstruction, row["vb_bits"], 1e-6)
+    row = REFERENCE["reconstruction_at_the_ends"]
+    chain, t = make_chain(row["schedule"]), torch.zeros(2, dtype=torch.int64)
+    x_t = chain.diffuse(y, t, wave(*SHAPE, scale=math.sqrt(2), frequency=0.9, phase=0.5))
+    _, mean, log_variance = chain.reverse(stand_in(chain), x_t, t, None, "learned_range")
+    assert_close(chain.bound_term(y, x_t, t, mean, log_variance), row["vb_bits"], 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -152,17 +153,17 @@ def test_the_ancestral_sampler_samples_the_data(betas, impulses, final):
     small, fixed_large too large, and the learned variance is better than both. States are data and noise of their level."""
     errors = {}
     for variance in VARIANCES:
-        for num_steps in (100, 200):
+        for num_steps in (200, 400):
             chain, noise = make_chain(betas, num_steps), impulses(num_steps + 1, 2)
             states = list(ancestral(ExactChainDenoiser(chain), noise(), chain, noise, variance))
             x = states[-1].x.flatten(1)
             errors[variance, num_steps] = (TURN @ x.T @ x @ TURN).diagonal().sqrt() / torch.tensor(SPREADS) - 1
-        assert errors[variance, 100].abs().max() > 1.4 * errors[variance, 200].abs().max()
-    assert (errors["fixed_small", 200] < 0).all()
-    assert (errors["fixed_large", 200] > 0).all()
-    small, large, learned = (errors[variance, 200].abs().max() for variance in VARIANCES)
+        assert errors[variance, 200].abs().max() > 1.4 * errors[variance, 400].abs().max()
+    assert (errors["fixed_small", 400] < 0).all()
+    assert (errors["fixed_large", 400] > 0).all()
+    small, large, learned = (errors[variance, 400].abs().max() for variance in VARIANCES)
     assert learned < min(small, large, 0.02)
-    x, noisy = states[100].x.flatten(1), COVARIANCE + states[100].sigma ** 2 * torch.eye(2)
+    x, noisy = states[200].x.flatten(1), COVARIANCE + states[200].sigma ** 2 * torch.eye(2)
     torch.testing.assert_close(x.T @ x, noisy, rtol=0.05, atol=0.01)
 
 
@@ -202,3 +203,85 @@ def test_a_strided_chain_keeps_the_timesteps_numbers_and_impossible_chains_are_r
         make_chain().strided(1001)
     with pytest.raises(ValueError, match="20 are too few for the linear schedule"):
         make_chain("linear", 20)
+
+
+# Training on a chain: the losses that teach the variance, and timesteps drawn by importance
+
+
+def test_the_hybrid_loss_teaches_the_mean_by_l_simple_and_the_variance_by_the_bound(wave):
+    """The gradients of the network's first output are L_simple's, those of its second 0.001 times the bound's."""
+    chain, t = make_chain("cosine"), torch.tensor([0, 400])
+    y, sigma = wave(*SHAPE, scale=0.8, frequency=1.7, phase=0.2), chain.sigma[t]
+    n = sigma[:, None, None, None] * wave(*SHAPE, scale=math.sqrt(2), frequency=0.9, phase=0.5)
+    out, weight = torch.cat([0.7 * y, 0.3 * y], dim=1).requires_grad_(), inverse_variance(sigma, 0.5)
+
+    def denoiser(x, sigma, all_outputs):
+        return out
+
+    def gradient(loss: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(loss.sum(), out)[0]
+
+    simple = gradient(weight * squared_error(out[:, :1], y))
+    vlb, hybrid = (gradient(loss(denoiser, y, n, sigma, weight)) for loss in (VariationalLoss(chain), HybridLoss(chain)))
+    assert torch.equal(hybrid[:, :1], simple[:, :1])
+    torch.testing.assert_close(hybrid[:, 1:], 0.001 * vlb[:, 1:], rtol=1e-9, atol=0)
+    assert (vlb[1] != 0).all()  # at t = 0, the probability of a value that is far off is constant
+
+
+def importance(losses: torch.Tensor, **options) -> ImportanceSampledTimesteps:
+    """Return the sampler with a full history of these losses, one a timestep."""
+    sampler = ImportanceSampledTimesteps(make_chain("cosine", len(losses)).levels, **options)
+    for _ in range(sampler.history.shape[1]):
+        sampler.record(torch.arange(len(losses)), losses)
+    return sampler
+
+
+def test_importance_weights_agree_with_the_reference(assert_close):
+    row = REFERENCE["loss_second_moment"]
+    levels = make_chain("cosine", row["num_timesteps"]).levels
+    sampler = ImportanceSampledTimesteps(levels, row["history_per_term"], row["uniform_prob"]).double()
+    weights = {after["after"]: after["weights"] for after in row["weights"]}
+    for count, (t, loss) in enumerate(zip(row["timesteps"], row["losses"]), start=1):
+        sampler.record(torch.tensor([t]), torch.tensor([loss], dtype=torch.float64))
+        if count in weights:
+            assert_close(sampler.weights(), weights.pop(count), 1e-6)
+    assert not weights
+
+
+def test_timesteps_are_drawn_by_their_losses_and_the_mean_stays():
+    """The mean of importance times loss is the mean over all timesteps, with a smaller variance: that is what it is for."""
+    losses = torch.linspace(0, 5, 40)
+    sampler = importance(losses, uniform_prob=0.1)
+    sigma = sampler.sample(10**5, torch.Generator().manual_seed(0))
+    t, weight = sampler.levels.nearest(sigma), sampler.importance(sigma)
+    loss = losses[t]
+    assert t.bincount(minlength=40).tolist() == pytest.approx((10**5 * sampler.weights()).tolist(), abs=350)
+    assert weight.mean().item() == pytest.approx(1, abs=0.02)
+    assert (weight * loss).mean().item() == pytest.approx(2.5, rel=0.01)
+    assert (weight * loss).std() < 0.2 * losses.std()
+
+
+def test_before_every_timestep_has_a_full_history_all_are_drawn_alike():
+    sampler = ImportanceSampledTimesteps(make_chain("cosine", 5).levels, history_per_term=2)
+    sampler.record(torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 0, 4]), torch.arange(10.0))
+    assert sampler.weights().tolist() == [1] * 5
+    assert sampler.importance(sampler.levels.sigma).tolist() == [1] * 5
+    sampler.record(torch.tensor([4]), torch.tensor([math.inf]))  # an overflow is no loss
+    assert sampler.weights().tolist() == [1] * 5
+    sampler.update(sampler.levels.sigma[[4, 4]], torch.tensor([1.0, 2.0]))
+    assert sampler.weights().sum().item() == pytest.approx(1)
+    for losses in ([3e19, 1, 1, 1, 1], [0.0] * 5):  # whose squares overflow, or are all 0
+        assert importance(torch.tensor(losses)).weights().isfinite().all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_the_latest_losses_of_every_timestep_are_remembered_in_order(batch_size):
+    """However often a timestep occurs in a batch."""
+    generator, histories = torch.Generator().manual_seed(batch_size), [[math.nan] * 3 for _ in range(4)]
+    sampler = ImportanceSampledTimesteps(make_chain("cosine", 4).levels, history_per_term=3)
+    for _ in range(20):
+        t, losses = torch.randint(0, 4, (batch_size,), generator=generator), torch.rand(batch_size, generator=generator)
+        sampler.record(t, losses)
+        for place, loss in zip(t.tolist(), losses.tolist()):
+            histories[place] = [*histories[place][1:], loss]
+        torch.testing.assert_close(sampler.history, torch.tensor(histories), rtol=0, atol=0, equal_nan=True)

@@ -16,16 +16,21 @@ def test_the_score_is_the_gradient_of_the_log_density(sigma, correlated, wave, a
     assert_close(score(x, sigma, mixture(x, sigma)), gradient, 1e-8)
 
 
-def test_the_density_is_that_of_pytorch(correlated, wave, assert_close):
+def test_the_density_is_that_of_pytorch_and_samples_have_its_moments(correlated, wave, assert_close):
     """For sigma as a number, and as one number for each image."""
-    mixture = correlated(3, 4)
+    mixture, x = correlated(3, 4), wave(5, 1, 2, 2, scale=1.5, frequency=1.3, phase=0.2)
     covariances = mixture.eigenvectors @ torch.diag_embed(mixture.eigenvalues) @ mixture.eigenvectors.mT
-    x = wave(5, 1, 2, 2, scale=1.5, frequency=1.3, phase=0.2)
     for sigma in (0.7, torch.tensor([0.1, 0.5, 1, 3, 9], dtype=torch.float64)):
         noise = torch.as_tensor(sigma, dtype=torch.float64).expand(5).square()[:, None, None, None]
         noisy = torch.distributions.MultivariateNormal(mixture.means, covariances + noise * torch.eye(4))
         expected = (mixture.log_weights + noisy.log_prob(x.flatten(1)[:, None])).logsumexp(dim=1)
         assert_close(mixture.log_density(x, sigma), expected)
+
+    y, weights = mixture.sample(200_000, torch.Generator().manual_seed(1)), mixture.log_weights.exp()
+    mean = weights @ mixture.means
+    second = torch.einsum("k,kde->de", weights, covariances + mixture.means[:, :, None] * mixture.means[:, None])
+    torch.testing.assert_close(y.mean(dim=0), mean, atol=0.02, rtol=0)
+    torch.testing.assert_close(y.mT.cov(), second - mean[:, None] * mean, atol=0.03, rtol=0)
 
 
 def test_a_singular_covariance_leaves_no_freedom_across_it():
@@ -35,17 +40,6 @@ def test_a_singular_covariance_leaves_no_freedom_across_it():
     x = torch.tensor([1.0, 2.0], dtype=torch.float64).reshape(1, 1, 1, 2)
     for sigma in (1e-3, 1e-6, 1e-8):
         torch.testing.assert_close(line(x, sigma).flatten(), direction * 2.2, atol=1e-5, rtol=0)
-
-
-def test_samples_have_the_means_and_covariances_of_the_mixture(correlated):
-    mixture = correlated(2, 3)
-    y = mixture.sample(200_000, torch.Generator().manual_seed(1))
-    weights = mixture.log_weights.exp()
-    mean = weights @ mixture.means
-    covariances = mixture.eigenvectors @ torch.diag_embed(mixture.eigenvalues) @ mixture.eigenvectors.mT
-    second = torch.einsum("k,kde->de", weights, covariances + mixture.means[:, :, None] * mixture.means[:, None])
-    torch.testing.assert_close(y.mean(dim=0), mean, atol=0.02, rtol=0)
-    torch.testing.assert_close(y.mT.cov(), second - mean[:, None] * mean, atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])

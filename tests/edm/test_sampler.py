@@ -85,14 +85,13 @@ def test_a_small_step_with_churn_is_a_step_of_the_sde(correlated, wave):
     torch.testing.assert_close(step(epsilon) - drift, math.sqrt(2 * beta * h) * epsilon, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("S_churn", [0.0, 40.0])
-def test_churn_keeps_the_covariance_of_the_data_to_second_order(S_churn, impulses, final):
+def test_churn_keeps_the_covariance_of_the_data_to_second_order(impulses):
     """The exact covariance of the samples of Gaussian data, at sigma_min: doubling the steps divides its error by four."""
     covariance = torch.tensor([[0.36, 0.1], [0.1, 0.05]], dtype=torch.float64)
     data, errors = GaussianMixture(torch.zeros(1, 2), covariance[None]), []
     for num_steps in (100, 200):
         noise = impulses(num_steps + 1, 2)
-        *_, state, _ = sample(data, noise(), edm_steps(num_steps), S_churn=S_churn, noise=noise)
+        *_, state, _ = sample(data, noise(), edm_steps(num_steps), S_churn=40, noise=noise)
         x = state.x.flatten(1)
         errors.append((x.T @ x - covariance - 0.002**2 * torch.eye(2)).abs().max().item())
     assert errors[1] < 4e-3
@@ -132,7 +131,7 @@ def smirnov(a: torch.Tensor, b: torch.Tensor) -> float:
     return torch.where(order < len(a), 1.0, -1.0).cumsum(0).abs().max().item() / len(a)
 
 
-@pytest.mark.parametrize(("name", "S_churn"), [("tangent", 0.0), ("vp", 30.0), ("ve", 30.0), ("tangent", 30.0)])
+@pytest.mark.parametrize(("name", "S_churn"), [("tangent", 0.0), ("vp", 30.0), ("ve", 30.0)])
 def test_samples_have_the_distribution_of_the_data(name, S_churn, correlated, normal_noise, final):
     """Two samples of 5,000, projected in five directions. Those of one distribution differ by more than 0.039 once in 1,000
     times (Smirnov)."""

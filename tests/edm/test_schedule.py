@@ -5,40 +5,36 @@ import math
 import pytest
 import torch
 
-from edm.schedule import RANGES, VP, NoiseLevels, Schedule, edm_steps, iddpm_levels, iddpm_steps, table_1, ve_steps, vp_steps
-
-CLOSED_FORM = {  # sigma(t), sigma'(t)
-    "linear": (lambda t: t, lambda t: 1.0),
-    "ve": (lambda t: t**0.5, lambda t: 0.5 * t**-0.5),
-    "vp": (
-        lambda t: math.expm1(9.95 * t**2 + 0.1 * t) ** 0.5,
-        lambda t: (19.9 * t + 0.1) * math.exp(9.95 * t**2 + 0.1 * t) / (2 * math.expm1(9.95 * t**2 + 0.1 * t) ** 0.5),
-    ),
-}
+from edm.schedule import (
+    RANGES,
+    SCALINGS,
+    SCHEDULES,
+    VP,
+    NoiseLevels,
+    Schedule,
+    edm_steps,
+    iddpm_levels,
+    iddpm_steps,
+    table_1,
+    ve_steps,
+    vp_steps,
+)
 
 
 @pytest.mark.parametrize("t", [1e-3, 0.03, 0.4, 1.0])
-@pytest.mark.parametrize("scaling", ["none", "vp"])
-@pytest.mark.parametrize("schedule", CLOSED_FORM)
-def test_values_derivatives_and_inverses_are_those_of_table_1(schedule, scaling, t):
-    """The derivative of s = (1 + sigma^2)^(-1/2) is s' = -sigma sigma' s^3."""
-    ours = table_1(2, "vp", schedule, scaling)[1]  # for VP with the betas of Table 1
-    sigma, dsigma = (function(t) for function in CLOSED_FORM[schedule])
-    s = 1 if scaling == "none" else (1 + sigma**2) ** -0.5
-    ds = 0 if scaling == "none" else -sigma * dsigma * s**3
-    assert ours.sigma(t) == pytest.approx(sigma, rel=1e-9)
-    assert ours.s(t) == pytest.approx(s, rel=1e-9)
-    assert ours.derivatives(t) == pytest.approx((dsigma, ds), rel=1e-9)
-    assert ours.t(sigma) == pytest.approx(t, rel=1e-9)
-    assert Schedule(ours.functions[0]).t(sigma) == pytest.approx(t, rel=1e-9)  # by bisection
-    assert ours.t(0.0) == 0
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_derivatives_are_taken_even_where_autograd_is_off(mode):
-    """Samplers run without gradients of the network; sigma'(t) is needed all the same."""
-    with mode():
-        assert table_1(2, "vp", "vp")[1].derivatives(0.5)[0] == pytest.approx(CLOSED_FORM["vp"][1](0.5))
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_inverses_and_derivatives(name, scaling, t):
+    """Derivatives against differences. Samplers run without gradients of the network; sigma'(t) is needed all the same."""
+    schedule, h = table_1(2, "vp", name, scaling)[1], 1e-5 * t  # for VP with the betas of Table 1
+    sigma = schedule.sigma(t)
+    assert schedule.t(sigma) == pytest.approx(t, rel=1e-9)
+    assert Schedule(schedule.functions[0]).t(sigma) == pytest.approx(t, rel=1e-9)  # by bisection
+    assert schedule.t(0.0) == 0
+    expected = [(function(t + h) - function(t - h)) / (2 * h) for function in (schedule.sigma, schedule.s)]
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert schedule.derivatives(t) == pytest.approx(expected, rel=1e-6, abs=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -47,12 +43,9 @@ def test_derivatives_are_taken_even_where_autograd_is_off(mode):
         (lambda t: torch.exp(t), 0.002, math.log(0.002)),  # before t = 0
         (lambda t: torch.tan(math.pi / 2 * t), 80.0, 2 / math.pi * math.atan(80)),  # infinite at t = 1
         (lambda t: t if t < 1 else t**2, 80.0, 80**0.5),
-        (lambda t: 1e-3 * t, 80.0, 80_000.0),
         (lambda t: torch.tan(t), 80.0, math.atan(80)),  # domains that end elsewhere
-        (lambda t: torch.tan(4 * t), 80.0, math.atan(80) / 4),
         (lambda t: torch.tan(math.pi / 2000 * t), 80.0, 2000 / math.pi * math.atan(80)),
         (lambda t: t / (3 - t), 80.0, 240 / 81),
-        (lambda t: torch.sqrt(t / (0.5 - t)), 80.0, 3200 / 6401),
         (lambda t: 90 * torch.asin(t / 0.8), 80.0, 0.8 * math.sin(8 / 9)),
         (lambda t: torch.log1p(t), 80.0, math.expm1(80)),
     ],
@@ -103,23 +96,15 @@ def test_vp_steps_are_evenly_spaced_in_time_and_ve_steps_in_the_logarithm(assert
     assert_close(ve_steps(4, 0.1, 100), [100.0, 10.0, 1.0, 0.1, 0.0])
 
 
-def test_iddpm_levels_follow_the_cosine_schedule(assert_close):
+def test_iddpm_levels_follow_the_cosine_schedule_and_its_steps_are_some_or_all_of_them(assert_close):
     """u_j^2 = (1 - abar_j) / abar_j with abar of the cosine schedule, but for the noisiest step, whose beta is clipped."""
-    u = iddpm_levels()
-    j = torch.arange(1001, dtype=torch.float64)
-    alpha_bar = torch.sin(math.pi / 2 * j / 1008).square()
-    alpha_bar = alpha_bar / alpha_bar[-1]
-    assert u[1000] == 0
+    u, j = iddpm_levels(), torch.arange(1001, dtype=torch.float64)
+    alpha_bar = torch.sin(math.pi / 2 * j / 1008).square() / math.sin(math.pi / 2 * 1000 / 1008) ** 2
     assert_close(u[1:].square(), ((1 - alpha_bar) / alpha_bar)[1:])
     assert (u[0] ** 2 + 1).item() == pytest.approx(1000 * (u[1] ** 2 + 1).item())  # clipped at C_1
-
-
-def test_iddpm_steps_are_levels_evenly_spaced_and_can_be_all_of_them():
-    u = iddpm_levels()
     inside = u[(u >= 0.002) & (u <= 81)]
     assert torch.equal(iddpm_steps(len(inside))[:-1], inside)
-    index = [round(i * (len(inside) - 1) / 11) for i in range(12)]
-    assert torch.equal(iddpm_steps(12)[:-1], inside[index])
+    assert torch.equal(iddpm_steps(12)[:-1], inside[[round(i * (len(inside) - 1) / 11) for i in range(12)]])
     with pytest.raises(ValueError, match="too few for 2000 steps"):
         iddpm_steps(2000)
 
@@ -139,14 +124,11 @@ def test_steps_fall_from_end_to_end_of_the_range_asked_for(name):
     assert 0.03 - 1e-9 <= clamped[-2] < 0.04
 
 
-def test_vp_betas_are_solved_for_the_range(assert_close):
+def test_vp_betas_are_solved_for_the_range_and_impossible_ranges_are_errors(assert_close):
     """Table 1's range, 1e-3 and 1 as times, has the betas of Table 1."""
     table = VP.between(*RANGES["vp"])
     assert (table.beta_d, table.beta_min) == pytest.approx((19.9, 0.1))
     assert_close(VP.between(0.002, 80).sigma(torch.tensor([1e-3, 1.0], dtype=torch.float64)), [0.002, 80.0])
-
-
-def test_ranges_that_are_empty_or_that_no_vp_schedule_has_are_errors():
     with pytest.raises(ValueError, match="no VP schedule rises from 20 to 80"):
         VP.between(20, 80)
     with pytest.raises(ValueError, match="sigma_min 3 must be below sigma_max 2; the denoiser knows 0 to 2"):

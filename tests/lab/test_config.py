@@ -108,7 +108,7 @@ def test_a_file_is_merged_key_by_key_onto_the_files_that_it_is_based_on(tmp_path
     assert configs.load(path).network.label_dim == 0
 
 
-ENTRIES_AS_WRITTEN = {
+AS_WRITTEN = {
     "training.learning_rate": {"3e-4": 3e-4, "0.0003": 3e-4, "3.0e-4": 3e-4, ".3e-3": 3e-4, "+3E-4": 3e-4},
     "training.batch_size": {"1e3": 1000},
     "sampler.S_max": {"inf": math.inf, ".inf": math.inf},
@@ -120,12 +120,11 @@ ENTRIES_AS_WRITTEN = {
 
 
 def test_entries_are_read_as_people_write_them(tmp_path):
-    for entry, values in ENTRIES_AS_WRITTEN.items():
+    for entry, text, value in ((entry, *pair) for entry, values in AS_WRITTEN.items() for pair in values.items()):
         section, key = entry.split(".")
-        for text, value in values.items():
-            path = write(tmp_path, c=f"{section}: {{{key}: {text}}}")
-            for config in (configs.load(path), from_overrides(f"{entry}={text}")):
-                assert config.to_dict()[section][key] == value
+        path = write(tmp_path, c=f"{section}: {{{key}: {text}}}")
+        for config in (configs.load(path), from_overrides(f"{entry}={text}")):
+            assert config.to_dict()[section][key] == value
     for text in ("1e3", "a=b: c", "no"):  # folders
         assert from_overrides(f"data.root={text}").data.root == text
 
