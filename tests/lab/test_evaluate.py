@@ -11,8 +11,8 @@ from edm.ddpm import make_chain
 from edm.likelihood import dequantize
 from edm.precond import EDMPreconditioning, PreconditionedDenoiser, iDDPMPreconditioning
 from edm.schedule import iddpm_levels, ve_steps
+from lab import bits, evaluate
 from lab import config as configs
-from lab import evaluate
 from lab.cli import UserError
 from lab.data import to_uint8
 from lab.distributed import World
@@ -139,15 +139,15 @@ def test_the_odes_bits_are_those_of_the_mixture(mixture, monkeypatch):
     """-log2 of its density at the points to which the images are moved, in intervals of a grey level."""
     images, denoiser = mixture
     uniform, drawn = torch.special.ndtr(ImageNoise(range(40), (1, 4, 4), torch.device("cpu"), torch.float64)()), []
-    monkeypatch.setattr(evaluate, "dequantize", lambda images, uniform: (drawn.append(uniform), dequantize(images, uniform))[1])
+    monkeypatch.setattr(bits, "dequantize", lambda images, uniform: (drawn.append(uniform), dequantize(images, uniform))[1])
     x = dequantize(images, uniform)
     density = sum(torch.exp(-((x - mean) ** 2) / 0.08) for mean in (-0.5, 0.5)) / 2 / math.sqrt(2 * math.pi * 0.04)
-    bits = -(density / 127.5).log2().mean(dim=(1, 2, 3))
+    exact = -(density / 127.5).log2().mean(dim=(1, 2, 3))
     levels = ve_steps(257, 0.002, 80)[:-1].flip(0)
     for batch_size, labels in ((7, None), (40, torch.eye(2).repeat(20, 1))):
-        found = evaluate.ode_bits(denoiser, levels, images, labels, batch_size, World())
-        assert found["total"] == pytest.approx(bits.mean().item(), abs=2e-3)
-        assert found["standard_error"] == pytest.approx(bits.std().item() / math.sqrt(40), rel=1e-2)
+        found = bits.ode_bits(denoiser, levels, images, labels, batch_size, World())
+        assert found["total"] == pytest.approx(exact.mean().item(), abs=2e-3)
+        assert found["standard_error"] == pytest.approx(exact.std().item() / math.sqrt(40), rel=1e-2)
         torch.testing.assert_close(torch.cat(drawn), uniform)  # an image's noise depends on its number, not on its batch
         drawn.clear()
 
@@ -157,15 +157,15 @@ def test_the_bound_is_a_little_above_the_bits_of_the_mixture(mixture):
     images, denoiser = mixture
     edges = [(images.double() + side) / 127.5 - 1 for side in (-0.5, 0.5)]
     low, high = (sum(torch.special.ndtr((edge - mean) / 0.2) for mean in (-0.5, 0.5)) / 2 for edge in edges)
-    bits = -(high - low).log2().mean().item()
+    exact = -(high - low).log2().mean().item()
 
     def bound(D, chain, batch_size=40, **sampler) -> dict:
         config = configs.from_dict({"sampler": sampler}, "x", "x")
-        return evaluate.bound_bits(D, config, chain, images, None, batch_size, World())
+        return bits.bound_bits(D, config, chain, images, None, batch_size, World())
 
     long, short = make_chain("cosine", 1000), make_chain("linear", 30)
     found = bound(denoiser, long, variance="fixed_large")
-    assert bits < found["total"] < bits + 0.1
+    assert exact < found["total"] < exact + 0.1
     assert found["total"] == pytest.approx(found["prior"] + sum(found["terms"]))
     assert bound(denoiser, long)["total"] > found["total"] + 0.3
 
@@ -181,7 +181,7 @@ def test_the_bound_is_a_little_above_the_bits_of_the_mixture(mixture):
 def test_the_odes_noise_levels_are_the_samplers():
     def levels(preconditioning, steps: int, **sampler) -> torch.Tensor:
         config = configs.from_dict({"sampler": sampler}, "x", "x")
-        return evaluate.ode_levels(PreconditionedDenoiser(nn.Identity(), preconditioning), config, steps)
+        return bits.ode_levels(PreconditionedDenoiser(nn.Identity(), preconditioning), config, steps)
 
     edm = EDMPreconditioning()
     torch.testing.assert_close(levels(edm, 10), torch.logspace(math.log10(0.002), math.log10(80), 11, dtype=torch.float64))

@@ -1,0 +1,176 @@
+"""Bits per dimension of images: by the ODE of the deterministic sampler, and by the variational bound of a chain."""
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import torch
+from tqdm import tqdm
+
+from edm.ddpm import Chain, variational_bound
+from edm.likelihood import bits_per_dimension, dequantize, log_density
+from edm.precond import Denoiser, PreconditionedDenoiser
+from edm.sampler import clipped
+from edm.schedule import RANGES, ve_steps
+from lab.cli import UserError
+from lab.config import Config
+from lab.data import to_model_range
+from lab.distributed import World
+from lab.seeds import ImageNoise
+
+
+def per_image(
+    compute: Callable[[torch.Tensor, torch.Tensor | None, ImageNoise], Iterator[torch.Tensor]],
+    num_rows: int,
+    images: torch.Tensor,
+    labels: torch.Tensor | None,
+    batch_size: int,
+    title: str,
+    world: World,
+) -> torch.Tensor | None:
+    """Return what a computation yields for each image. The images are divided among the ranks.
+
+    Args:
+        compute: called with images (b, C, H, W) uint8, labels (b, K) or None, and noise seeded by the images' indices; yields
+            `num_rows` tensors (b,).
+        images, labels: (N, C, H, W) uint8, and one-hot (N, K) or None.
+        title: of the progress bar.
+
+    Returns:
+        (num_rows, N) in float64 on the CPU, on rank 0; None on the others.
+    """
+    mine, parts = world.shard(len(images)), []
+    dtype = torch.float32 if images.device.type == "mps" else torch.float64  # Apple GPUs have no float64
+    starts = range(mine.start, mine.stop, batch_size)
+    with tqdm(total=len(starts) * num_rows, desc=title, unit="step", leave=False, disable=not world.is_first) as bar:
+        for start in starts:
+            batch = slice(start, min(start + batch_size, mine.stop))
+            noise = ImageNoise(range(batch.start, batch.stop), tuple(images.shape[1:]), images.device, dtype)
+            rows = []
+            for row in compute(images[batch], labels if labels is None else labels[batch], noise):
+                rows.append(row)
+                bar.update()
+            parts.append(torch.stack(rows).cpu().double())
+    gathered = world.gather(parts)
+    return torch.cat([part for shard in gathered for part in shard], dim=1) if world.is_first else None
+
+
+def mean_and_error(values: torch.Tensor) -> tuple[float, float | None]:
+    """Return the mean of (N,) values and its standard error, which is None for a single value."""
+    return values.mean().item(), values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def plus_minus(mean: float, error: float | None) -> str:
+    """Return a mean and its standard error as text."""
+    return f"{mean:8.4f}" + (f" +- {error:.4f}" if error is not None else "")
+
+
+def ode_levels(denoiser: PreconditionedDenoiser, config: Config, num_steps: int) -> torch.Tensor:
+    """Return rising noise levels of the sampler's range, in geometric progression and rounded to those that the network knows.
+
+    Returns:
+        (num_steps + 1,), or fewer if the network knows few.
+
+    Raises:
+        UserError: the network does not know two noise levels of the range.
+    """
+    options, known = config.sampler, denoiser.preconditioning
+    low, high = RANGES[options.discretization]
+    low = max(low if options.sigma_min is None else options.sigma_min, known.sigma_min)
+    high = min(high if options.sigma_max is None else options.sigma_max, known.sigma_max)
+    levels = sorted({denoiser.round_sigma(sigma) for sigma in ve_steps(num_steps + 1, low, high)[:-1].tolist()})
+    if low >= high or len(levels) < 2:
+        raise UserError(f"bits per dimension: the network does not know two noise levels from {low:g} to {high:g}")
+    return torch.tensor(levels, dtype=torch.float64)
+
+
+@torch.no_grad()
+def ode_bits(
+    denoiser: Denoiser,
+    levels: torch.Tensor,
+    images: torch.Tensor,
+    labels: torch.Tensor | None,
+    batch_size: int,
+    world: World,
+) -> dict | None:
+    """Return the bits per dimension of images under the ODE of the deterministic sampler, and print them.
+
+    Each image is moved to a random point of the intervals of its grey levels. A conditional network is given its class; there
+    is no guidance and no clipping.
+
+    Args:
+        levels: rising noise levels, (steps + 1,), as returned by `ode_levels`, between which Heun's method steps.
+        images, labels: (N, C, H, W) uint8, and one-hot (N, K) or None, on the network's device.
+
+    Returns:
+        "images", "steps", "total", and "standard_error" over images, random points and Hutchinson's estimate. On rank 0; None
+        on the others.
+    """
+
+    def compute(images: torch.Tensor, labels: torch.Tensor | None, noise: ImageNoise) -> Iterator[torch.Tensor]:
+        uniform = (1 + torch.erf(noise() / math.sqrt(2))) / 2  # the normal distribution function of normal noise
+        return log_density(denoiser, dequantize(images, uniform), levels, noise, labels)
+
+    steps = len(levels) - 1
+    rows = per_image(compute, steps, images, labels, batch_size, "likelihood by the ODE", world)
+    if rows is None:
+        return None
+    total, error = mean_and_error(bits_per_dimension(rows[-1], images[0].numel()))
+    print(f"Bits per dimension of {len(images):,} images, by the ODE in {steps} steps: {plus_minus(total, error)}")
+    return {"images": len(images), "steps": steps, "total": total, "standard_error": error}
+
+
+@torch.no_grad()
+def bound_bits(
+    denoiser: Denoiser,
+    config: Config,
+    chain: Chain,
+    images: torch.Tensor,
+    labels: torch.Tensor | None,
+    batch_size: int,
+    world: World,
+) -> dict | None:
+    """Return the variational bound of a chain on the bits per dimension of images, and print it by its terms.
+
+    A conditional network is given the classes; there is no guidance, and clipping only if the config's samples are clipped.
+
+    Args:
+        images, labels: (N, C, H, W) uint8, and one-hot (N, K) or None, on the network's device.
+
+    Returns:
+        "images", "timesteps", "variance", "prior", "terms" from the reconstruction on, "total", their sum, and
+        "standard_error". On rank 0; None on the others.
+    """
+    variance = config.sampler.variance
+    D = clipped(denoiser) if config.sampler.clip else denoiser
+
+    def compute(images: torch.Tensor, labels: torch.Tensor | None, noise: ImageNoise) -> Iterator[torch.Tensor]:
+        y = to_model_range(images).to(noise.dtype)
+        yield chain.like(y).prior_term(y)
+        yield from variational_bound(D, y, chain, noise, variance, labels)
+
+    rows = per_image(compute, len(chain) + 1, images, labels, batch_size, "variational bound", world)
+    if rows is None:
+        return None
+    total, error = mean_and_error(rows.sum(dim=0))
+    prior, *terms = rows.mean(dim=1).tolist()
+    terms.reverse()  # the bound starts with the noisiest timestep
+    steps = f"{len(chain)} of {config.chain.num_timesteps} timesteps"
+    print(f"Bits per dimension of {len(images):,} images, by the bound of {steps}, {variance}:")
+    parts = [("prior", prior)]
+    edges = [1 + (len(chain) - 1) * tenth // 10 for tenth in range(11)]
+    for low, high in reversed([pair for pair in pairwise(edges) if pair[0] < pair[1]]):
+        first, last = chain.timesteps[low].item(), chain.timesteps[high - 1].item()
+        parts.append((f"timesteps {first} to {last}" if first < last else f"timestep {first}", sum(terms[low:high])))
+    for name, value in [*parts, ("reconstruction", terms[0])]:
+        print(f"  {name:<24} {value:8.4f}")
+    print(f"  {'total':<24} {plus_minus(total, error)}")
+    return {
+        "images": len(images),
+        "timesteps": chain.timesteps.tolist(),
+        "variance": variance,
+        "prior": prior,
+        "terms": terms,
+        "total": total,
+        "standard_error": error,
+    }
