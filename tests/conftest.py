@@ -1,8 +1,4 @@
-"""What the tests share: a tiny data set, a tiny run, and the scripts called as a user calls them.
-
-pytest imports test files on their own (`--import-mode=importlib`), so everything shared is a fixture, often one that returns a
-function.
-"""
+"""What the tests share. pytest imports test files on their own, so all of it is fixtures, many of them functions."""
 
 import contextlib
 import functools
@@ -13,7 +9,6 @@ import os
 import runpy
 import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,13 +42,16 @@ sampler: {num_samples: 4, sampling_steps: 3}
 """
 
 
+def shared(function):
+    """Make a function of this file a fixture of its own name, for the tests that take it as an argument."""
+    globals()[f"{function.__name__}_fixture"] = pytest.fixture(scope="session", name=function.__name__)(lambda: function)
+    return function
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The root of the repository."""
     return ROOT
-
-
-# Data and configs
 
 
 def make_images(folder: Path) -> Path:
@@ -93,18 +91,9 @@ def tiny_grey(tmp_path, image_folder) -> Path:
     return make_config(tmp_path / "grey", image_folder, channels=1)
 
 
-@pytest.fixture(params=["tiny_grey", "tiny"], ids=["grey", "colour"])
-def tiny_both(request) -> Path:
-    """Run the test with `tiny_grey` and with `tiny`."""
-    return request.getfixturevalue(request.param)
-
-
 @pytest.fixture
 def mnist_folder(tmp_path) -> Path:
-    """MNIST in a few bytes, as a `data.root` for mnist: 20 training images, and the same in reverse as test images.
-
-    Image i is an even grey of 10 i, and of class i % 10.
-    """
+    """MNIST in a few bytes: 20 training images, image i an even grey of 10 i and of class i % 10; in reverse as test images."""
     folder = tmp_path / "mnist" / "MNIST" / "raw"
     folder.mkdir(parents=True)
     for split, places in (("train", range(20)), ("t10k", range(19, -1, -1))):
@@ -113,9 +102,6 @@ def mnist_folder(tmp_path) -> Path:
         (folder / f"{split}-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + sizes + pixels)
         (folder / f"{split}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + sizes[:4] + bytes(place % 10 for place in places))
     return tmp_path / "mnist"
-
-
-# Training runs
 
 
 def train_in(output_dir: Path, config_path: Path, *arguments: object, world: World | None = None, device: str = "cpu") -> Path:
@@ -130,17 +116,15 @@ def train_in(output_dir: Path, config_path: Path, *arguments: object, world: Wor
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """train(config_path, *arguments, output="output", world=World(), device="cpu") -> the run's folder: train_mnist.py, called.
+    """train(config_path, *arguments, output="output", world=World(), device="cpu") -> the run's folder, in tmp_path / output.
 
-    Its errors are raised (`UserError`, `SystemExit`). The run is in tmp_path / output. Its loss.png is a stand-in: drawing it
-    takes longer than all the rest.
+    Errors of train_mnist.py are raised. Drawing loss.png takes longer than all the rest, so it is a stand-in.
     """
     monkeypatch.setattr("lab.run.pictures.save_loss_curve", lambda path, *losses: path.write_bytes(b"a curve"))
 
-    def call(config_path: Path, *arguments: object, output: str = "output", **where: object) -> Path:
-        return train_in(tmp_path / output, config_path, *arguments, **where)
-
-    return call
+    return lambda config_path, *arguments, output="output", **where: train_in(
+        tmp_path / output, config_path, *arguments, **where
+    )
 
 
 @pytest.fixture(scope="session")
@@ -151,32 +135,28 @@ def trained(tmp_path_factory) -> Path:
     return train_in(folder / "output", config_path) / "diffusion-6.pt"
 
 
-@pytest.fixture(scope="session")
-def last():
-    """last(run_folder) -> the contents of its newest checkpoint."""
-    return lambda folder: checkpoint.load(checkpoint.checkpoint_path(folder, checkpoint.saved_steps(folder)[-1]))
+@shared
+def last(folder: Path) -> dict:
+    """Return the contents of a run's newest checkpoint."""
+    return checkpoint.load(checkpoint.checkpoint_path(folder, checkpoint.saved_steps(folder)[-1]))
 
 
-@pytest.fixture(scope="session")
-def steps_recorded():
-    """steps_recorded(run_folder) -> the steps in its metrics.jsonl."""
-    return lambda folder: [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+@shared
+def steps_recorded(folder: Path) -> list[int]:
+    """Return the steps in a run's metrics.jsonl."""
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="session")
-def same():
-    """same(a, b) -> whether two nests of dicts, lists, tensors and numbers are equal bit for bit; nan equals nan."""
-
-    def compare(a: object, b: object) -> bool:
-        if isinstance(a, torch.Tensor):
-            return a.dtype == b.dtype and a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
-        if isinstance(a, dict):
-            return a.keys() == b.keys() and all(compare(a[key], b[key]) for key in a)
-        if isinstance(a, list | tuple):
-            return len(a) == len(b) and all(map(compare, a, b))
-        return a == b
-
-    return compare
+@shared
+def same(a: object, b: object) -> bool:
+    """Return whether two nests of dicts, lists, tensors and numbers are equal bit for bit; nan equals nan."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
 
 
 @pytest.fixture
@@ -196,12 +176,9 @@ def at_step(monkeypatch):
     return plan
 
 
-# Scripts
-
-
 @pytest.fixture
 def script(tmp_path, monkeypatch, capsys):
-    """script("sample.py", "--seeds", 0) -> (exit code, stdout, stderr): a script in this process, in the folder tmp_path.
+    """script("sample.py", "--seeds", 0) -> (exit code, stdout, stderr): a script, called here in the folder tmp_path.
 
     Modules go by their files, such as "lab/evaluate.py". There is no GPU, so that images can be compared bit for bit.
     """
@@ -226,8 +203,7 @@ def script(tmp_path, monkeypatch, capsys):
 def start(tmp_path):
     """start("train_mnist.py", *arguments, torchrun=2) -> a `Popen` in the folder tmp_path, without GPUs; it ends with the test.
 
-    A start takes 3 to 5 seconds, so use `script` where that will do. `torchrun` is the number of processes, 0 to start the
-    script itself; `options` are torchrun's own.
+    `torchrun` is the number of processes, 0 to start the script itself; `options` are torchrun's own.
     """
     processes = []
 
@@ -241,40 +217,11 @@ def start(tmp_path):
 
     yield call
     for process in processes:
-        if process.poll() is None:
-            process.terminate()  # torchrun ends its workers
-        try:
+        process.terminate()  # torchrun ends its workers
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.communicate(timeout=30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-
-
-@pytest.fixture(scope="session")
-def wait_for():
-    """wait_for(path, process): wait until a process has made a file, or fail with what it has said."""
-
-    def wait(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
-        end = time.monotonic() + seconds
-        while not path.exists() and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.05)
-        if not path.exists():
-            process.terminate()
-            pytest.fail(f"there is no {path}: {process.communicate(timeout=60)}")
-
-    return wait
-
-
-# Reference numbers
-#
-# The files in tests/reference were computed in float64 with the implementations published with the papers. The inputs, weights
-# and stand-in networks behind them need no random numbers, and are made here.
-
-
-def shared(function):
-    """Make a function of this file a fixture of its own name, for the tests that take it as an argument."""
-    globals()[f"{function.__name__}_fixture"] = pytest.fixture(scope="session", name=function.__name__)(lambda: function)
-    return function
+        process.kill()
+        process.communicate()
 
 
 @shared
@@ -299,14 +246,9 @@ def fill(net: nn.Module) -> nn.Module:
     frequencies = [(name, buffer) for name, buffer in net.named_buffers() if name.endswith("freqs")]
     for name, parameter in [*net.named_parameters(), *frequencies]:
         s = wave(*parameter.shape, scale=1, frequency=0.61803398875, phase=(zlib.crc32(name.encode()) % 10007) / 100)
-        if name.endswith("freqs"):
-            value = 2 * s
-        elif name.endswith("bias"):
-            value = 0.1 * s
-        elif parameter.ndim == 1:
-            value = 1 + 0.1 * s
-        else:
-            value = math.sqrt(2 * parameter.shape[0] / parameter.numel()) * s
+        matrix = math.sqrt(2 * parameter.shape[0] / parameter.numel()) * s
+        vector = 2 * s if name.endswith("freqs") else 0.1 * s if name.endswith("bias") else 1 + 0.1 * s
+        value = vector if parameter.ndim == 1 else matrix
         parameter.copy_(value.float())
     return net
 
@@ -344,9 +286,6 @@ def stand_in(chain: Chain, outputs: int = 2) -> PreconditionedDenoiser:
     return PreconditionedDenoiser(StandIn(outputs), iDDPMPreconditioning(chain.levels, outputs))
 
 
-# What the tests of samplers and likelihoods share
-
-
 @shared
 def final(states: Iterator[State]) -> torch.Tensor:
     """Return the images that a sampler ends with."""
@@ -365,10 +304,9 @@ def normal_noise(*shape: int, seed: int = 0):
 def impulses(calls: int, size: int):
     """Return noise(), from which the covariance of a sampler's images follows exactly, without a random number.
 
-    With the exact denoiser of Gaussian data of mean 0 the images are a linear function of all noise, the latents included. The
-    noise() here is for a batch of calls x size images of `size` pixels in a row: each of the numbers that all the calls return
-    for one image is 1 in one image of the batch and 0 in the others. If x (B, size) are the resulting images, the covariance
-    for noise of unit variance is x^T x.
+    With the exact denoiser of Gaussian data of mean 0 the images are linear in all noise, the latents included. In a batch of
+    calls x size images of `size` pixels in a row, each number that the calls return for one image is 1 in one image and 0 in
+    the others. The images x (B, size) of noise of unit variance have the covariance x^T x.
     """
     numbers = iter(torch.eye(calls * size, dtype=torch.float64).view(calls * size, calls, 1, 1, size).unbind(dim=1))
     return lambda: next(numbers)

@@ -8,9 +8,7 @@ import re
 
 import pytest
 import torch
-from PIL import Image
 
-from edm.loss import NUM_BANDS
 from lab import checkpoint
 from lab import config as configs
 from lab.checkpoint import saved_steps
@@ -30,21 +28,14 @@ def contents_of(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-# What a run leaves, and how it goes on
-
-
 def test_a_run_leaves_its_pictures_record_and_checkpoints(trained):
     folder = trained.parent
     names = {"diffusion-3.pt", "diffusion-6.pt", "sample-3.png", "sample-6.png", "metrics.jsonl", "loss.png"}
     assert {path.name for path in folder.iterdir()} == names
-    with Image.open(folder / "sample-6.png") as picture:  # a column for each of the two classes, and two rows
-        assert picture.size == (2 * 10 + 2, 2 * 10 + 2)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["images"], len(row["by_noise_level"])) for row in rows] == [
-        (step, 4 * step, NUM_BANDS) for step in range(1, 7)
-    ]
-    losses = checkpoint.load(trained)["losses"]
-    assert losses[:, 0].tolist() == [row["loss"] for row in rows]
+    assert [(row["step"], row["images"]) for row in rows] == [(step, 4 * step) for step in range(1, 7)]
+    losses = checkpoint.load(trained)["losses"].tolist()
+    assert [[row["loss"], *row["by_noise_level"]] for row in rows] == [[None if x != x else x for x in row] for row in losses]
 
 
 @pytest.mark.parametrize(
@@ -62,26 +53,17 @@ def test_a_resumed_run_equals_an_undisturbed_one(train, tiny, last, same, option
         assert checkpoint.load(parts / "diffusion-4.pt")["noise_distribution"]["history"].isfinite().all()
 
 
-def test_the_record_goes_on_where_the_checkpoint_is(train, tiny, steps_recorded):
-    """Rows of steps that are done again, and half a row, are replaced."""
-    folder = train(tiny, LAST_STEP, 3)
-    before = (folder / "metrics.jsonl").read_bytes()
-    with open(folder / "metrics.jsonl", "ab") as file:
-        file.write(b'{"step": 4}\n\xff{"st')
-    train(tiny, "--resume_from", "latest")
-    assert (folder / "metrics.jsonl").read_bytes().startswith(before)
-    assert steps_recorded(folder) == [1, 2, 3, 4, 5, 6]
-
-
-def test_a_finished_run_gets_what_it_lacks_and_can_be_prolonged(train, tiny, capsys):
+def test_a_finished_run_gets_what_it_lacks_and_can_be_prolonged(train, tiny, steps_recorded, capsys):
+    """Its record goes on where the checkpoint is: rows of steps that are done again, and half a row, are replaced."""
     folder = train(tiny, LAST_STEP, 3)
     before = contents_of(folder)
-    (folder / "sample-3.png").unlink()
-    capsys.readouterr()
-    train(tiny, LAST_STEP, 3, "--resume_from", "latest")
-    assert "Done: 0 steps" in capsys.readouterr().out
-    assert contents_of(folder) == before
-    train(tiny, LAST_STEP, 4, "--resume_from", "latest")
+    for done in (0, 1):
+        (folder / "sample-3.png").unlink()
+        (folder / "metrics.jsonl").write_bytes(before["metrics.jsonl"] + b'{"step": 4}\n\xff{"st')
+        train(tiny, LAST_STEP, 3 + done, "--resume_from", "latest")
+        assert f"Done: {done} steps" in capsys.readouterr().out
+        assert done or contents_of(folder) == before
+        assert steps_recorded(folder) == [1, 2, 3, 4][: 3 + done]
     assert saved_steps(folder) == [3, 4]
 
 
@@ -119,23 +101,14 @@ def test_resuming_says_what_differs_and_refuses_what_cannot_fit(train, tiny, cap
     }.items():
         with pytest.raises(UserError, match=rf"no run can go on from .*diffusion-2.pt with another {difference}"):
             train(tiny, change, "--resume_from", "latest")
-    with pytest.raises(UserError, match="no whole checkpoint"):
-        train(tiny, "--resume_from", "latest", output="elsewhere")
     assert saved_steps(folder) == [1, 2]
 
 
-# What is never overwritten
-
-
-def test_a_new_run_touches_no_other_unless_asked_and_then_moves_it_aside(train, tiny, tmp_path, capsys):
+def test_a_new_run_touches_no_other_unless_asked_and_then_moves_it_aside(train, tiny, capsys):
     folder = train(tiny, LAST_STEP, 1)
     before = contents_of(folder)
     with pytest.raises(UserError, match=r"another run: .*--resume_from latest.*--overwrite \(.*diffusion-1\.pt\)"):
         train(tiny, "--seed", 1)
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
-    with pytest.raises(UserError, match="another run"):
-        train(tiny, "--data_root", tmp_path / "broken")
     assert contents_of(folder) == before
     for aside in ("tiny.old", "tiny.old1"):
         train(tiny, "--seed", 1, LAST_STEP, 2, "--overwrite")
@@ -155,7 +128,7 @@ def test_resuming_from_an_earlier_checkpoint_renames_the_later_ones(train, tiny,
     assert steps_recorded(folder) == [1, 2, 3, 4]
     train(tiny, *earlier)
     train(tiny, LAST_STEP, 4, *earlier)
-    assert {path.name for path in folder.glob("*.old*")} == {f"diffusion-{n}" for n in ("4.pt.old", "6.pt.old", "6.pt.old1")}
+    assert {path.name[10:] for path in folder.glob("*.old*")} == {"4.pt.old", "6.pt.old", "6.pt.old1"}
     assert (folder / "diffusion-6.pt.old").read_bytes() == old
     before = contents_of(folder)
     with pytest.raises(UserError, match="at step 3 already"):
@@ -163,7 +136,7 @@ def test_resuming_from_an_earlier_checkpoint_renames_the_later_ones(train, tiny,
     assert contents_of(folder) == before
 
 
-def test_going_on_from_elsewhere_treats_the_folder_as_another_runs(train, tiny, trained, last, same, steps_recorded):
+def test_going_on_from_elsewhere_treats_the_folder_as_another_runs(train, tiny, trained, steps_recorded):
     """Its checkpoints of earlier steps included: they are not deleted by `keep_last`, and "latest" does not find them."""
     folder = train(tiny, "--seed", 1)
     before = contents_of(folder)
@@ -175,8 +148,6 @@ def test_going_on_from_elsewhere_treats_the_folder_as_another_runs(train, tiny, 
     assert contents_of(folder.with_name("tiny.old")) == before
     assert saved_steps(folder) == [9]
     assert steps_recorded(folder) == list(range(1, 10))
-    undisturbed = train(tiny, LAST_STEP, 9, "checkpoint.keep_last=1", output="undisturbed")
-    assert same(last(folder) | {"config": 0}, last(undisturbed) | {"config": 0})
 
 
 def test_torchrun_resumes_what_it_restarts_and_nothing_else(train, tiny, at_step, last, same):
@@ -205,9 +176,6 @@ def test_only_the_last_checkpoints_and_milestones_are_kept(train, tiny):
     assert saved_steps(folder) == [3, 6, 8, 9]
 
 
-# When something goes wrong
-
-
 KILLED = """
 import itertools, os, signal, sys
 import train_mnist
@@ -215,13 +183,10 @@ from lab import checkpoint, pictures
 from pathlib import Path
 
 pictures.save_loss_curve = lambda path, *losses: checkpoint.write_atomically(path, lambda file: file.write(b"a curve"))
+sys.argv = "train_mnist.py --config_path tiny.yaml --num_training_steps 2 --save_and_sample_every_n 1".split()
+sys.argv += ["checkpoint.keep_last=1", "sampler.num_samples=1", "--output_dir"]
 
-def train(output, *options):
-    sys.argv = ["train_mnist.py", "--config_path", "tiny.yaml", "--output_dir", output, "--num_training_steps", "2"]
-    sys.argv += ["--save_and_sample_every_n", "1", "checkpoint.keep_last=1", "sampler.num_samples=1", *options]
-    train_mnist.main()
-
-def train_until_killed(output, kill_at):
+def train(output, *options, kill_at=0):
     # In a child process, which is killed when it is about to create, rename or delete a file for the n-th time, from 1.
     if (child := os.fork()) > 0:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -231,16 +196,17 @@ def train_until_killed(output, kill_at):
         if (writes or event in ("os.rename", "os.remove")) and output in str(arguments[0]) and next(changes) == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(watch)
-    train(output)
+    sys.argv += [output, *options]
+    train_mnist.main()
     os._exit(0)
 
-train("undisturbed")
+assert train("undisturbed") == 0
 for kill_at in itertools.count(1, 4):  # there are three changes for each file
     output = f"killed-{kill_at}"
-    if train_until_killed(output, kill_at) == 0:
+    if train(output, kill_at=kill_at) == 0:
         break
     saved = any(Path(output, "image/image_folder/tiny").glob("diffusion-*.pt"))
-    train(output, *["--resume_from", "latest"] * saved)
+    assert train(output, *["--resume_from", "latest"] * saved) == 0
 """
 
 
@@ -295,9 +261,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(train, tin
 @pytest.mark.parametrize(
     ("losses", "diverged"),
     [
-        ([100.0] * 50, False),
         ([100.0] * 50 + [math.nan] * 3, False),  # an overflow or two, as fp16 has them
-        ([100.0] * 50 + [1e9] * 4 + [100.0] * 2, False),
         ([100.0] * 50 + [math.nan] * 6, True),
         ([100.0] * 50 + [math.inf, math.nan, 1e9] * 2, True),
         ([100.0] * 50 + [9_000.0] * 20, False),  # bad, but no worse than where training can begin
@@ -306,7 +270,6 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(train, tin
         ([100.0, 1e9], False),
         ([100.0, 1e9, 1e9], True),
         ([math.nan], True),
-        ([], False),
     ],
 )
 def test_divergence(tiny, losses, diverged):
@@ -321,7 +284,7 @@ def test_a_suspicious_loss_deletes_no_checkpoint(train, tiny, monkeypatch):
     assert saved_steps(train(tiny, "checkpoint.keep_last=1")) == [3, 6]
 
 
-def test_running_out_of_memory_is_explained(train, tiny, at_step):
+def test_running_out_of_memory_and_a_failed_compilation_are_one_line(train, tiny, at_step):
     def fail(learner):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore.")
 
@@ -331,6 +294,8 @@ def test_running_out_of_memory_is_explained(train, tiny, at_step):
         train(tiny)
     with pytest.raises(UserError, match=r"out of memory: less \("), explain_device_errors("less"):
         torch.empty(2**50)
+    with pytest.raises(UserError, match=r"^torch\.compile failed, .* \(no such op\)$"), explain_device_errors("less"):
+        raise torch._dynamo.exc.Unsupported("no such op\nMore.")
     with pytest.raises(RuntimeError, match="shapes"), explain_device_errors("less"):
         torch.ones(2, 3) @ torch.ones(2, 3)
 

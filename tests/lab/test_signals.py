@@ -4,6 +4,10 @@ import os
 import re
 import shlex
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -14,14 +18,14 @@ from lab.distributed import World
 from lab.run import command_to_resume
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP] if hasattr(signal, "SIGHUP") else [signal.SIGINT, signal.SIGTERM]
+RUN = "image/image_folder/tiny"
 LONG = ("--num_training_steps", 10**6, "--save_and_sample_every_n", 10, "checkpoint.keep_last=2")
 
 
 @pytest.fixture(autouse=True)
 def as_from_a_terminal():
     """Restore stdout and stderr, which a run closes at SIGHUP; and begin as if nohup had not started the tests."""
-    before = [(number, signal.getsignal(number)) for number in SIGNALS]
-    streams = os.dup(1), os.dup(2)
+    before, streams = [(number, signal.getsignal(number)) for number in SIGNALS], (os.dup(1), os.dup(2))
     for number in SIGNALS[1:]:
         signal.signal(number, signal.SIG_DFL)
     yield
@@ -36,78 +40,46 @@ def send(number: int):
     return lambda learner: os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_ends_a_run_after_the_step_with_a_checkpoint(train, tiny, tmp_path, trained, same, at_step, capsys, number):
-    at_step(4, send(number))
+@pytest.mark.parametrize(("number", "step"), [*zip(SIGNALS, (4, 3, 5))])
+def test_a_signal_ends_a_run_after_the_step(train, tiny, tmp_path, trained, same, at_step, capsys, number, step):
+    """With a checkpoint; a sample grid that was due is left to the run that goes on, whose result is an undisturbed run's."""
+    at_step(step, send(number))
     with pytest.raises(SystemExit) as stop:
         train(tiny)
     assert stop.value.code == 128 + number
     output = tmp_path / "output"
     command = f"python train_mnist.py --resume_from latest --config_path {tiny} --output_dir {output}"
-    assert f"Stopped after step 4. To go on:\n  {command}\n" in capsys.readouterr().out
-    assert saved_steps(output / "image/image_folder/tiny") == [3, 4]
-    at_step(4, lambda learner: pytest.fail("step 4 is done again"))
-    folder = train(tiny, "--resume_from", "latest")
+    assert f"Stopped after step {step}. To go on:\n  {command}\n" in capsys.readouterr().out
+    folder = output / RUN
+    assert saved_steps(folder) == sorted({3, step})
+    assert (folder / "sample-3.png").exists() == (step > 3)
+    at_step(step, lambda learner: pytest.fail("a step is done again"))
+    train(tiny, "--resume_from", "latest")
+    assert (folder / "sample-3.png").exists()
     assert same(checkpoint.load(folder / "diffusion-6.pt") | {"config": 0}, checkpoint.load(trained) | {"config": 0})
     assert (folder / "metrics.jsonl").read_text() == trained.with_name("metrics.jsonl").read_text()
 
 
-def test_a_sample_grid_that_was_due_is_left_to_the_run_that_goes_on(train, tiny, tmp_path, at_step):
-    at_step(3, send(signal.SIGTERM))
-    with pytest.raises(SystemExit):
-        train(tiny)
-    folder = tmp_path / "output/image/image_folder/tiny"
-    assert saved_steps(folder) == [3]
-    assert not (folder / "sample-3.png").exists()
-    train(tiny, "--resume_from", "latest")
-    assert (folder / "sample-3.png").exists()
-
-
 def test_a_signal_that_comes_while_the_ranks_agree_ends_the_next_step(train, tiny, tmp_path, at_step, monkeypatch):
-    signals = []
-
     def all_reduce_max(world: World, number: int) -> int:
         while signals:
             os.kill(os.getpid(), signals.pop())
         return number
 
+    signals = []
     monkeypatch.setattr(World, "all_reduce_max", all_reduce_max)
     at_step(4, lambda learner: signals.append(signal.SIGTERM))
     with pytest.raises(SystemExit) as stop:
         train(tiny)
     assert stop.value.code == 143
-    assert saved_steps(tmp_path / "output/image/image_folder/tiny") == [3, 5]
-
-
-def test_a_run_is_saved_though_nobody_reads_its_output_any_more(train, tiny, tmp_path, at_step, monkeypatch):
-    """As after Ctrl-C on `train_mnist.py 2>&1 | tee log`, which ends the reader too."""
-
-    def stop(learner):
-        reader, writer = os.pipe()
-        os.close(reader)
-        os.dup2(writer, 2)
-        os.close(writer)
-        monkeypatch.setattr("lab.run.tqdm.update", lambda bar: os.write(2, b"progress"))
-        os.kill(os.getpid(), signal.SIGINT)
-
-    at_step(4, stop)
-    with pytest.raises(SystemExit):
-        train(tiny)
-    assert saved_steps(tmp_path / "output/image/image_folder/tiny") == [3, 4]
+    assert saved_steps(tmp_path / "output" / RUN) == [3, 5]
 
 
 def test_a_second_signal_ends_the_process_at_once(train, tiny, tmp_path, at_step, monkeypatch):
     """Unless it comes together with the first: torchrun and timeout send a signal twice."""
-
-    class Ended(BaseException):
-        pass
-
-    def end(code: int):
-        raise Ended(code)
-
     now = [100.0]
     monkeypatch.setattr("lab.run.time.monotonic", lambda: now[0])
-    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(os, "_exit", sys.exit)
 
     def signals(learner):
         os.kill(os.getpid(), signal.SIGINT)
@@ -117,9 +89,9 @@ def test_a_second_signal_ends_the_process_at_once(train, tiny, tmp_path, at_step
         pytest.fail("the process goes on")
 
     at_step(2, signals)
-    with pytest.raises(Ended, match=str(128 + signal.SIGTERM)):
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
         train(tiny)
-    assert saved_steps(tmp_path / "output/image/image_folder/tiny") == []
+    assert saved_steps(tmp_path / "output" / RUN) == []
 
 
 def test_handlers_are_those_of_before_when_a_run_is_over_and_nohup_is_respected(train, tiny, at_step):
@@ -137,9 +109,19 @@ def test_the_command_to_resume_leaves_out_what_began_the_run():
     assert command_to_resume(argv) == expected
 
 
-def test_the_command_that_is_printed_goes_on(start, train, tiny, tmp_path, steps_recorded, wait_for):
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    """Wait until a process has made a file, or fail with what it has said."""
+    end = time.monotonic() + 120
+    while not path.exists():
+        if process.poll() is not None or time.monotonic() > end:
+            process.terminate()
+            pytest.fail(f"there is no {path}: {process.communicate(timeout=60)}")
+        time.sleep(0.05)
+
+
+def test_the_command_that_is_printed_goes_on(start, train, tiny, tmp_path, steps_recorded):
     """Processes as a user starts and stops them; and no second one trains in the same folder."""
-    folder = tmp_path / "output/image/image_folder/tiny"
+    folder = tmp_path / "output" / RUN
     run = start("train_mnist.py", "--config_path", tiny, *LONG)
     wait_for(folder / "sample-10.png", run)
     with pytest.raises(UserError, match=r"another run is training in .*; wait for it, stop it, or"):

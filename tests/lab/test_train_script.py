@@ -1,7 +1,6 @@
 """train_mnist.py: its arguments, every config of the repository, sigma_data, and the lines that end in none."""
 
 import math
-from pathlib import Path
 
 import pytest
 
@@ -9,8 +8,6 @@ from lab import checkpoint
 from lab import config as configs
 from lab.cli import UserError
 from lab.data import as_tensors, open_dataset
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_a_run_says_what_it_does_and_what_to_do_next(script, tiny):
@@ -37,21 +34,18 @@ def test_flags_stand_for_entries_of_the_config(tiny, image_folder, script, monke
 
 BAD_CALLS = {
     "--config_path none.yaml": "cannot read the config none.yaml: No such file",
-    "training.learing_rate=1": "did you mean 'training.learning_rate'",
-    "--batch_size many": "training.batch_size: must be a number, not 'many'",
-    "--mixed_precision fp8": "did you mean 'fp16'",
     "--bach_size 3": "did you mean --batch_size",
     "--device cuda:99": "'cuda:99' is not on this machine; allowed: cpu",
     "--data_root nowhere": "'nowhere' is not a folder",
     "network.label_dim=1": "has 2 classes, more than the network's 1",
-    "network.model_channels=48": "network: ",
+    "loss.noise_distribution=ddpm chain.num_timesteps=20": "chain.num_timesteps: 20",
+    "sampler.solver=ddim preconditioning.formulation=vp": "sampler: the formulation vp does not know the noise",
     "--resume_from latest": "no whole checkpoint",
     "--resume_from none.pt": "there is no checkpoint none.pt",
     "--resume_from tiny.yaml": "tiny.yaml is damaged, or not a checkpoint",
     "--resume_from EXPORTED": "--load_model_weights_from_checkpoint",
     "--resume_from a.pt --load_model_weights_from_checkpoint b.pt": "--resume_from goes on with its own weights",
     "--output_dir tiny.yaml": "cannot write to tiny.yaml/image/image_folder/tiny: Not a directory",
-    f"--config_path {'x' * 300}": "File name too long",
 }
 
 
@@ -70,8 +64,8 @@ def test_a_bad_call_ends_in_one_line_and_exit_code_2(script, tiny, trained, tmp_
 # sigma_data
 
 
-def test_sigma_data_auto_is_measured_once_and_for_all(train, script, tiny, tmp_path, last, same):
-    """On the training images; the checkpoint carries the number, training goes on with it, and sample.py uses it."""
+def test_sigma_data_auto_is_measured_once_and_for_all(train, tiny, image_folder, last, same):
+    """On the training images; the checkpoint carries the number, and training goes on with it."""
     auto = train(tiny, "preconditioning.sigma_data=auto", "--num_training_steps", 3)
     images, _ = as_tensors(open_dataset(configs.load(tiny)))
     measured = math.sqrt((images.double() / 127.5 - 1).square().mean().item())
@@ -81,33 +75,18 @@ def test_sigma_data_auto_is_measured_once_and_for_all(train, script, tiny, tmp_p
     named = train(tiny, f"preconditioning.sigma_data={number}", "--num_training_steps", 3, output="named")
     assert same(last(auto), last(named))
 
-    pictures = []
-    for options in ([], ["--config_path", tiny]):  # which says 0.5
-        call = ("--checkpoint", auto / "diffusion-3.pt", "--num_samples", 4, *options, "--output_dir", "x")
-        assert script("sample.py", *call)[0] == 0
-        pictures.append((tmp_path / "x/grid.png").read_bytes())
-    assert pictures[0] == (named / "sample-3.png").read_bytes()
-    assert pictures[1] != pictures[0]
-
     train(tiny, "preconditioning.sigma_data=auto", "--resume_from", "latest")
-    for path in (tmp_path / "images").rglob("*.png"):
-        if path.parent.name == "light":
-            path.unlink()
+    for path in (image_folder / "light").iterdir():
+        path.unlink()
     with pytest.raises(UserError, match=r"no run can go on from .* with another preconditioning.sigma_data \("):
         train(tiny, "preconditioning.sigma_data=auto", "--resume_from", "latest")
 
 
-# The configs of the repository
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(configs.CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_lesson_takes_a_step_and_draws_a_picture(train, mnist_folder, path):
-    """With an eighth of the width, on 20 images of MNIST."""
     config = configs.load(path)
     small = ["data.dataset=mnist", f"network.model_channels={min(config.network.model_channels, 16)}", "network.num_blocks=1"]
-    small += ["training.batch_size=2", "training.accumulation=1", "sampler.num_samples=1"]
-    small += ["sampler.sampling_steps=2", "--num_training_steps", 1, "--data_root", mnist_folder]
-    folder = train(path, *small)
-    contents = checkpoint.load(folder / "diffusion-1.pt")
-    assert contents["losses"][0, 0].isfinite()
+    small += ["training.batch_size=2", "training.accumulation=1", "sampler.num_samples=1", "sampler.sampling_steps=2"]
+    folder = train(path, *small, "--num_training_steps", 1, "--data_root", mnist_folder)
+    assert checkpoint.load(folder / "diffusion-1.pt")["losses"][0, 0].isfinite()
     assert (folder / "sample-1.png").exists()

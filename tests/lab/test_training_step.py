@@ -1,14 +1,16 @@
 """The training step: by hand and in the loop, its draws, its losses, and how it updates the weights."""
 
 import copy
-import json
+import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from edm.loss import NOISE_BANDS
+from edm.loss import NOISE_BANDS, edm_weight, squared_error
+from edm.precond import EDMPreconditioning
 from edm.unet import DDPMpp
 from lab import config as configs
 from lab.cli import UserError
@@ -17,14 +19,10 @@ from lab.learner import Learner
 from lab.seeds import generator_for, seed_for
 
 CPU = torch.device("cpu")
-
-
-def rows(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder) -> list[float]:
-    return [row["loss"] for row in rows(folder)]
+LAST_STEP = "--num_training_steps"
+AUGMENTED = ["network.augment_dim=9", "data.augment_probability=0.5"]
+IMPORTANCE = ["preconditioning.formulation=improved_ddpm", "loss.objective=hybrid", "loss.noise_distribution=importance"]
+IMPORTANCE += ["chain.betas=cosine", "chain.num_timesteps=4", "loss.weighting=iddpm", "training.batch_size=16"]
 
 
 def test_three_steps_by_hand(train, tiny, last, same):
@@ -47,7 +45,6 @@ def test_three_steps_by_hand(train, tiny, last, same):
         n = sigma.view(-1, 1, 1, 1) * torch.randn(y.shape, generator=generator)
         shown = torch.rand(batch_size, generator=generator) >= 0.2
         labels = one_hot(classes[index], label_dim) * shown.view(-1, 1)
-
         # The denoiser of Table 1's EDM column: D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (Eq. 7).
         s = sigma.view(-1, 1, 1, 1)
         c_skip = sigma_data**2 / (s**2 + sigma_data**2)
@@ -56,12 +53,10 @@ def test_three_steps_by_hand(train, tiny, last, same):
         c_noise = sigma.log() / 4
         torch.manual_seed(seed_for(seed, "dropout", step))
         D = c_skip * (y + n) + c_out * F(c_in * (y + n), c_noise, labels)
-
         # lambda(sigma) |D(y + n; sigma) - y|^2, averaged over the batch.
         weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
         loss = (weight * (D - y).square().sum(dim=(1, 2, 3))).mean()
         expected_losses.append(loss.item())
-
         # Adam, with the learning rate rising over 8 images; then the average of the weights.
         images_seen = step * batch_size
         adam.param_groups[0]["lr"] = 1e-3 * min(images_seen / 8, 1)
@@ -73,51 +68,49 @@ def test_three_steps_by_hand(train, tiny, last, same):
             for mean, weight in zip(average.parameters(), F.parameters()):
                 mean.lerp_(weight, 1 - 0.5 ** (batch_size / halflife))
 
-    folder = train(tiny, "--num_training_steps", 3)
-    assert losses(folder) == expected_losses
-    trained = last(folder)
+    trained = last(train(tiny, LAST_STEP, 3))
+    assert trained["losses"][:, 0].tolist() == expected_losses
     assert same(trained["net"], {f"model.{name}": weight for name, weight in F.state_dict().items()})
     assert same(trained["ema"], {f"model.{name}": weight for name, weight in average.state_dict().items()})
     assert same(trained["optimizer"], adam.state_dict()["state"])
+    other = last(train(tiny, LAST_STEP, 3, "--seed", 1, output="another seed"))
+    assert (other["losses"][:, 0] != trained["losses"][:, 0]).all()
 
 
-def test_the_initial_loss_is_one_for_each_pixel(train, tiny_both):
+def test_the_initial_loss_is_one_for_each_pixel(train, tiny, last):
     """A new network puts out nearly 0, so D is c_skip x, and EDM's weight makes a loss of 1 of it for data of sigma_data."""
-    folder = train(tiny_both, "preconditioning.sigma_data=auto", "--batch_size", 500, "--num_training_steps", 1)
-    pixels = configs.load(tiny_both).data.channels * 8 * 8
-    assert losses(folder)[0] == pytest.approx(pixels, rel=0.03)
+    trained = last(train(tiny, "preconditioning.sigma_data=auto", "--batch_size", 500, LAST_STEP, 1))
+    assert trained["losses"][0, 0] == pytest.approx(3 * 8 * 8, rel=0.03)
+    sigma, signs = torch.tensor([0.002, 0.3, 7, 80])[:, None, None, None], torch.tensor([1, -1])
+    for brightness, expected in ((0.5, [1, 1, 1, 1]), (0.97, [1, 1.73, 3.75, 3.76])):  # images of one colour: exact means
+        y = torch.full((4, 1, 1, 2), brightness)
+        D = EDMPreconditioning(0.5).c_skip(sigma) * (y + sigma * signs)
+        losses = edm_weight(sigma.flatten(), 0.5) * squared_error(D, y) / 2
+        assert losses.tolist() == pytest.approx(expected, rel=0.01)
 
 
-def test_a_run_depends_on_its_seed(train, tiny):
-    runs = [losses(train(tiny, "--seed", seed, "--num_training_steps", 2, output=f"{i}")) for i, seed in enumerate((0, 0, 1))]
-    assert runs[0] == runs[1] != runs[2]
+@pytest.mark.parametrize("options", [[], AUGMENTED, IMPORTANCE], ids=["plain", "augmented", "importance"])
+def test_accumulation_does_not_change_the_step(train, tiny, last, options):
+    """Without dropout, parts of one or a few images give the gradients, and so the weights, of one part of all."""
+    options = ["network.dropout=0", LAST_STEP, 3, *options]
+    whole, *others = (last(train(tiny, *options, f"training.accumulation={parts}", output=f"{parts}")) for parts in (1, 2, 4))
+    close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4, equal_nan=True)
+    for other in others:
+        close(other["losses"], whole["losses"], rtol=1e-4)
+        close(other["net"], whole["net"], atol=1e-5)
+        close(other["noise_distribution"], whole["noise_distribution"])
+    if "history" in whole["noise_distribution"]:
+        assert whole["noise_distribution"]["history"].isfinite().sum() >= 36  # of 40, after 48 losses
 
 
-AUGMENTED = ["network.augment_dim=9", "data.augment_probability=0.5"]
-
-
-@pytest.mark.parametrize("augmentation", [[], AUGMENTED], ids=["plain", "augmented"])
-def test_accumulation_does_not_change_the_step(train, tiny, last, augmentation):
-    """Without dropout, four parts of one image give the gradients, and so the weights, of one part of four."""
-    options = ["network.dropout=0", "--num_training_steps", 3, *augmentation]
-    folders = [train(tiny, *options, f"training.accumulation={parts}", output=f"{parts}") for parts in (1, 2, 4)]
-    for folder in folders[1:]:
-        assert losses(folder) == pytest.approx(losses(folders[0]), rel=1e-5)
-        torch.testing.assert_close(last(folder)["net"], last(folders[0])["net"], rtol=1e-3, atol=1e-5)
-
-
-def test_losses_are_recorded_by_noise_level(train, tiny):
+def test_losses_are_recorded_by_noise_level(train, tiny, last):
     """Weighted by how many images a band has, the bands' mean losses give the batch's; a band without images has none."""
-    folder = train(tiny, "--batch_size", 32, "loss.P_std=2", "--num_training_steps", 3)
-    for row in rows(folder):
-        sigma = (-1.2 + 2 * torch.randn(32, generator=generator_for(0, "step", row["step"]))).exp()
-        counts = torch.bucketize(sigma, torch.tensor(NOISE_BANDS)).bincount(minlength=len(NOISE_BANDS) + 1).tolist()
-        bands = row["by_noise_level"]
-        assert [band is None for band in bands] == [count == 0 for count in counts]
-        assert sum(count * (band or 0) for count, band in zip(counts, bands)) / 32 == pytest.approx(row["loss"], rel=1e-5)
-
-
-# The update
+    losses = last(train(tiny, "--batch_size", 32, "loss.P_std=2", LAST_STEP, 3))["losses"]
+    for step, (loss, bands) in enumerate(zip(losses[:, 0], losses[:, 1:]), start=1):
+        sigma = (-1.2 + 2 * torch.randn(32, generator=generator_for(0, "step", step))).exp()
+        counts = torch.bucketize(sigma, torch.tensor(NOISE_BANDS)).bincount(minlength=len(NOISE_BANDS) + 1)
+        assert torch.equal(bands.isnan(), counts == 0)
+        assert (counts * bands).nansum().item() / 32 == pytest.approx(loss.item(), rel=1e-5)
 
 
 def gradient_step(learner: Learner, value: float, images_seen: int = 1000) -> torch.Tensor:
@@ -131,12 +124,14 @@ def gradient_step(learner: Learner, value: float, images_seen: int = 1000) -> to
     return torch.cat(averages) / (1 - beta1) if averages else torch.zeros(0)
 
 
-@pytest.mark.parametrize(("value", "mended"), [(math.nan, 0.0), (math.inf, 1e5), (-math.inf, -1e5), (3.0, 3.0)])
-def test_gradients_that_are_not_finite_are_replaced(tiny, value, mended):
-    learner = Learner(configs.load(tiny), CPU)
-    gradient = gradient_step(learner, value)
-    torch.testing.assert_close(gradient, torch.full_like(gradient, mended))
-    assert all(weight.isfinite().all() for weight in learner.net.parameters())
+def test_gradients_are_clipped_and_mended_where_they_are_not_finite(tiny):
+    for value, mended in ((math.nan, 0.0), (math.inf, 1e5), (-math.inf, -1e5), (3.0, 3.0)):
+        learner = Learner(configs.load(tiny), CPU)
+        gradient = gradient_step(learner, value)
+        torch.testing.assert_close(gradient, torch.full_like(gradient, mended))
+        assert all(weight.isfinite().all() for weight in learner.net.parameters())
+    clipped = gradient_step(Learner(configs.load(tiny, ["training.max_grad_norm=2"]), CPU), 1.0)
+    assert clipped.norm().item() == pytest.approx(2, rel=1e-4)
 
 
 def test_an_overflow_in_fp16_skips_the_step_and_halves_the_scale(tiny):
@@ -149,50 +144,34 @@ def test_an_overflow_in_fp16_skips_the_step_and_halves_the_scale(tiny):
     torch.testing.assert_close(gradient, torch.full_like(gradient, 3.0))
 
 
-def test_gradients_are_clipped_to_the_norm_asked_for(tiny):
-    gradient = gradient_step(Learner(configs.load(tiny, ["training.max_grad_norm=2"]), CPU), 1.0)
-    assert gradient.norm().item() == pytest.approx(2, rel=1e-4)
-
-
-@pytest.mark.parametrize("steps", [1, 1000])
-def test_the_learning_rate_depends_on_the_images_seen_and_not_on_the_length_of_the_run(tiny, steps):
+def test_the_learning_rate_depends_on_the_images_seen_and_not_on_the_length_of_the_run(tiny):
     """So that a run can be prolonged, or stopped and resumed, without changing what came before."""
-    options = ["training.lr_rampup_images=100", "training.learning_rate=0.01", f"training.num_training_steps={steps}"]
-    for halving, expected in {
-        "null": {4: 0.0004, 50: 0.005, 100: 0.01, 1000: 0.01},
-        "1000": {50: 0.005 * 0.5**0.05, 1000: 0.005, 3000: 0.00125},
-    }.items():
-        learner = Learner(configs.load(tiny, [*options, f"training.lr_halflife_images={halving}"]), CPU)
-        for images_seen, rate in expected.items():
+    rates = {"null": {4: 0.0004, 50: 0.005, 100: 0.01, 1000: 0.01}, "1000": {50: 0.005 * 0.5**0.05, 1000: 0.005, 3000: 0.00125}}
+    for steps, halving in itertools.product((1, 1000), rates):
+        entries = ["lr_rampup_images=100", "learning_rate=0.01", f"num_training_steps={steps}", f"lr_halflife_images={halving}"]
+        learner = Learner(configs.load(tiny, [f"training.{entry}" for entry in entries]), CPU)
+        for images_seen, rate in rates[halving].items():
             gradient_step(learner, 1.0, images_seen)
             assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
 
 
-# What a checkpoint restores
-
-
 @pytest.mark.parametrize(("before", "after"), [("fp16", "no"), ("no", "fp16")])
 def test_a_run_may_change_its_precision_and_its_settings_of_adam(tiny, same, before, after):
-    learner = Learner(configs.load(tiny, [f"training.mixed_precision={before}"]), CPU)
-    gradient_step(learner, 3.0)
+    one = Learner(configs.load(tiny, [f"training.mixed_precision={before}"]), CPU)
     other = Learner(configs.load(tiny, [f"training.mixed_precision={after}", "training.adam_beta2=0.9"]), CPU)
-    other.load_state_dict(learner.state_dict(), "x.pt")
-    assert same(other.net.state_dict(), learner.net.state_dict())
+    gradient_step(one, 3.0)
+    other.load_state_dict(one.state_dict(), "x.pt")
     assert other.optimizer.param_groups[0]["betas"] == (0.9, 0.9)
-    assert same(other.optimizer.state_dict()["state"], learner.optimizer.state_dict()["state"])
+    for part in (lambda learner: learner.net.state_dict(), lambda learner: learner.optimizer.state_dict()["state"]):
+        assert same(part(other), part(one))
 
 
-@pytest.mark.parametrize("damage", ["shape", "missing", "empty"])
-def test_an_optimizer_of_another_network_is_refused(tiny, damage):
+def test_an_optimizer_of_another_network_is_refused(tiny):
     """Before Adam writes past the end of its moments."""
     learner = Learner(configs.load(tiny), CPU)
     gradient_step(learner, 1.0)
-    state = learner.state_dict()
-    if damage == "shape":
-        state["optimizer"][0]["exp_avg"] = torch.zeros(3)
-    elif damage == "missing":
-        del state["optimizer"][1]["exp_avg_sq"]
-    else:
-        state["optimizer"] = {}
-    with pytest.raises(UserError, match=r"optimizer in x\.pt is damaged, or belongs to another network"):
-        learner.load_state_dict(state, "x.pt")
+    good = learner.state_dict()
+    moments = good["optimizer"]
+    for damaged in (moments | {0: moments[0] | {"exp_avg": torch.zeros(3)}}, moments | {1: {"step": 1}}, {}):
+        with pytest.raises(UserError, match=r"optimizer in x\.pt is damaged, or belongs to another network"):
+            learner.load_state_dict({**good, "optimizer": damaged}, "x.pt")
