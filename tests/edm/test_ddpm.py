@@ -186,17 +186,6 @@ def test_ddim_is_eulers_method_at_the_chains_noise_levels(betas, steps, stand_in
             assert found.sigma == pytest.approx(levels[t + 1].item(), rel=1e-12)
 
 
-def test_labels_reach_the_denoiser(normal_noise, final, assert_close):
-    noise, chain, labels = normal_noise(*SHAPE), make_chain().strided(5), torch.tensor([0.3, -0.7]).double().view(2, 1, 1, 1)
-
-    def told(x, sigma, labels, all_outputs=False):
-        return labels.expand(2, 2 if all_outputs else 1, 4, 4)
-
-    chains = [ancestral(told, noise(), chain, noise, variance, labels) for variance in VARIANCES]
-    for states in (*chains, ddim(told, noise(), chain, labels)):
-        assert_close(final(states), labels.expand(SHAPE))
-
-
 def test_a_strided_chain_keeps_the_timesteps_numbers_and_impossible_chains_are_refused():
     assert make_chain().strided(334).strided(3).timesteps.tolist() == [0, 498, 999]
     with pytest.raises(ValueError, match="has 1000 timesteps, too few for 1001 steps"):
@@ -259,19 +248,6 @@ def test_timesteps_are_drawn_by_their_losses_and_the_mean_stays():
     assert weight.mean().item() == pytest.approx(1, abs=0.02)
     assert (weight * loss).mean().item() == pytest.approx(2.5, rel=0.01)
     assert (weight * loss).std() < 0.2 * losses.std()
-
-
-def test_before_every_timestep_has_a_full_history_all_are_drawn_alike():
-    sampler = ImportanceSampledTimesteps(make_chain("cosine", 5).levels, history_per_term=2)
-    sampler.record(torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 0, 4]), torch.arange(10.0))
-    assert sampler.weights().tolist() == [1] * 5
-    assert sampler.importance(sampler.levels.sigma).tolist() == [1] * 5
-    sampler.record(torch.tensor([4]), torch.tensor([math.inf]))  # an overflow is no loss
-    assert sampler.weights().tolist() == [1] * 5
-    sampler.update(sampler.levels.sigma[[4, 4]], torch.tensor([1.0, 2.0]))
-    assert sampler.weights().sum().item() == pytest.approx(1)
-    for losses in ([3e19, 1, 1, 1, 1], [0.0] * 5):  # whose squares overflow, or are all 0
-        assert importance(torch.tensor(losses)).weights().isfinite().all()
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 50])

@@ -208,10 +208,3 @@ def test_a_sweep_is_drawn_and_counts_the_networks_evaluations(path, run, tmp_pat
         assert found["heun"][-1][1] != found["churn"][-1][1]
         assert figures["sweep"]["floor"] > 0
     assert (tmp_path / "output/image/image_folder/evaluate/tiny/sweep.png").stat().st_size > 10_000
-
-
-def test_the_sweeps_samplers_fit_each_other():
-    """The solvers' points lie at about the same numbers of evaluations; S_churn below the point where gamma is limited."""
-    counts = {name: steps for name, (steps, _) in evaluate.SAMPLERS.items()}
-    assert counts["euler"] == [2 * steps - 1 for steps in counts["heun"]]
-    assert max(evaluate.CHURN) / evaluate.HEUN_STEPS[-1] < math.sqrt(2) - 1

@@ -144,15 +144,6 @@ def test_what_cannot_be_drawn_is_one_line(trained, train, tiny, script):
         assert message in err
 
 
-def test_a_grid_has_two_black_pixels_around_each_image():
-    images = torch.arange(1, 6, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 3, 4)
-    grid = pictures.grid(images, columns=2)
-    assert grid.shape == (3, 3 * 5 + 2, 2 * 6 + 2)
-    assert grid[1, 2:-2:5, 2:-2:6].tolist() == [[1, 2], [3, 4], [5, 0]]
-    assert grid.sum() == 3 * 12 * 15
-    assert pictures.grid(images).shape == (3, 2 * 5 + 2, 3 * 6 + 2)
-
-
 def test_the_loss_curve_is_drawn(tmp_path):
     """With bands in which no noise level was drawn, and a single step."""
     for steps in (1, 120):

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-import torchvision
 
 from lab import config as configs
 from lab import metrics
 from lab.cli import UserError
-from lab.metrics import Comparison, extract_features, frechet_distance, precision_recall, predict, real_images
+from lab.metrics import Comparison, frechet_distance, precision_recall, predict, real_images
 
 CPU = torch.device("cpu")
 
@@ -111,26 +110,6 @@ def test_an_image_folder_is_divided(tmp_path, tiny, image_folder, monkeypatch):
         path.unlink()
     with pytest.raises(UserError, match="too few to compare samples with"):
         compare()
-
-
-def test_inceptions_features(monkeypatch):
-    """2048, of grey and colour alike; a failed download is one line."""
-
-    def offline(weights):
-        raise OSError("no route to host\nand more")
-
-    torch.manual_seed(0)
-    net = torchvision.models.Inception3(num_classes=1000, transform_input=True, init_weights=False)
-    monkeypatch.setattr("torchvision.models.inception_v3", lambda weights: net)
-    grey = torch.randint(0, 256, (1, 1, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
-    inception = metrics.Inception()
-    found = extract_features(inception, torch.cat([grey, grey.flip(3)]).expand(-1, 3, -1, -1))
-    assert found.shape == (2, 2048)
-    assert torch.allclose(extract_features(inception, grey), found[:1], rtol=1e-4, atol=1e-10)
-    assert not torch.allclose(found[0], found[1], rtol=1e-3, atol=1e-10)
-    monkeypatch.setattr("torchvision.models.inception_v3", offline)
-    with pytest.raises(UserError, match=r"Inception could not be downloaded or read \(no route to host\)$"):
-        metrics.Inception()
 
 
 def test_one_class_needs_inception(tmp_path, tiny, image_folder, monkeypatch):

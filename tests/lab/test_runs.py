@@ -16,7 +16,6 @@ from lab.cli import UserError
 from lab.device import explain_device_errors
 from lab.distributed import World
 from lab.losslog import LossLog
-from lab.pictures import running_means
 
 LAST_STEP = "--num_training_steps"
 IMPORTANCE = ["preconditioning.formulation=improved_ddpm", "loss.objective=hybrid", "loss.noise_distribution=importance"]
@@ -298,9 +297,3 @@ def test_running_out_of_memory_and_a_failed_compilation_are_one_line(train, tiny
         raise torch._dynamo.exc.Unsupported("no such op\nMore.")
     with pytest.raises(RuntimeError, match="shapes"), explain_device_errors("less"):
         torch.ones(2, 3) @ torch.ones(2, 3)
-
-
-def test_running_means_pass_over_what_is_missing():
-    records = torch.tensor([[1, math.nan], [2, 4], [6, math.nan], [1, math.inf], [math.inf, 7]], dtype=torch.float64)
-    expected = torch.tensor([[1.5, 4], [4, 4], [3.5, math.nan], [1, 7]], dtype=torch.float64)
-    torch.testing.assert_close(running_means(records, 2), expected, equal_nan=True)

@@ -1,7 +1,5 @@
 """sample.py: from a checkpoint and seeds to images, and the lines that end in none."""
 
-import subprocess
-import sys
 from unittest.mock import Mock
 
 import pytest
@@ -183,14 +181,3 @@ def test_an_error_is_one_line_and_an_interrupt_has_its_own_code(capsys, error, c
     assert (stop.value.code, err.count("\n")) == (code, said.count("\n") + 1)
     assert err.startswith(said)
     assert len(err) < 1020
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGPIPE")
-def test_a_closed_output_ends_a_script_silently(root):
-    code = "from lab.cli import run_script; run_script(lambda: print('x\\n' * 10**6))"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", code], cwd=root, **pipes) as process:
-        assert process.stdout.readline() == "x\n"
-        process.stdout.close()
-        assert process.stderr.read() == ""
-    assert process.returncode == 141
