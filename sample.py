@@ -10,7 +10,7 @@ from lab.cli import Parser, UserError, run_script, seed_list, whole_number
 from lab.config import Sampler
 from lab.device import autocast_dtype, explain_device_errors
 from lab.distributed import distributed
-from lab.generate import export, generate, grid_columns, load_denoiser, with_arguments
+from lab.generate import add_checkpoint_arguments, export, generate, grid_columns, load_denoiser
 
 FLAGS = [name for name in Sampler.model_fields if name != "num_samples"]  # each replaces an entry of the config's sampler
 MAX_FRAMES = 64  # of the animation
@@ -19,10 +19,10 @@ MAX_GRID = 2500  # images in the grid; further ones are written as single files 
 
 def main() -> None:
     args = parse_arguments()
-    if args.export:
-        export(args.checkpoint, args.export)
-        return
     overrides = [f"sampler.{name}={getattr(args, name)}" for name in FLAGS if getattr(args, name) is not None]
+    if args.export:
+        export(args.checkpoint, args.export, args.config_path, overrides)
+        return
     advice = f"lower --batch_size (now {args.batch_size}), or choose fp16 or bf16 for --mixed_precision"
     with distributed(args.device) as (device, world), explain_device_errors(advice):
         config, denoiser, _ = load_denoiser(args.checkpoint, args.config_path, overrides, device, world)
@@ -61,7 +61,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
-    with_arguments(parser)
+    add_checkpoint_arguments(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--num_samples", type=whole_number(1), help="how many images, from seeds 0, 1, 2, ... (default: the config's)"

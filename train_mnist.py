@@ -37,7 +37,7 @@ def train(config: Config, args: argparse.Namespace, device: torch.device, world:
     """Train on the device, together with the other ranks of `world`. Everything is written to the run's folder.
 
     Raises:
-        UserError: something that a person can mend.
+        UserError: a cause that the user can correct.
         SystemExit: a signal asked the run to stop; a checkpoint of the last step is written.
     """
     training, batch_size, label_dim = config.training, config.training.batch_size, config.network.label_dim
@@ -46,7 +46,7 @@ def train(config: Config, args: argparse.Namespace, device: torch.device, world:
     dataset = world.rank_zero_first(lambda: open_dataset(config))
     config = world.broadcast(lambda: with_measured_sigma_data(config, dataset))
     with Run(args.output_dir / "image" / config.data.dataset / config.name, config, world) as run:
-        build_sampler(config)  # refuses an impossible one now, not at the first sample grid
+        build_sampler(config)  # raises now if its choices do not fit together, not at the first sample grid
         weighting = build_weighting(config)  # lambda(sigma)
         chain_loss = build_chain_loss(config)  # None, except for Improved DDPM
         learner = Learner(config, device)

@@ -149,7 +149,8 @@ def augment(
     """Transform images (B, C, H, W) in [-1, 1] at random, and return them and their augmentation labels (B, 9).
 
     Args:
-        probability: of each part of a transformation except the flip in x. At 0 there is no flip in x either, and no draw.
+        probability: of each part of a transformation except the flip in x. At 0 the images are returned unchanged, and
+            nothing is drawn.
         generator: on the images' device.
         batch_size, shard: if the images are only a part of a batch, the batch's size and their place in it. An image is
             then transformed as it would be with the whole batch.

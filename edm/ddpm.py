@@ -30,7 +30,7 @@ def linear_betas(num_timesteps: int) -> torch.Tensor:
 
 
 def cosine_betas(num_timesteps: int) -> torch.Tensor:
-    """Return Improved DDPM's variances of the T steps, (T,): those of the noise levels u_j in EDM's Table 1 (N17)."""
+    """Return Improved DDPM's variances of the T steps, (T,): computed from the noise levels u_j of EDM's Table 1 (N17)."""
     u = iddpm_levels(num_timesteps).flip(0)  # from u_T = 0 up
     return 1 - (1 + u[:-1] ** 2) / (1 + u[1:] ** 2)  # 1 - alpha_bar_t / alpha_bar_{t-1}
 
@@ -105,11 +105,18 @@ class Chain:
         fraction = (v + 1) / 2
         return fraction * pixelwise(self.log_beta, t) + (1 - fraction) * pixelwise(self.log_small, t)
 
-    def reverse(self, denoiser: Denoiser, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, variance: str):
+    def reverse(
+        self,
+        denoiser: Denoiser,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor | None,
+        variance: str,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the reverse step p(x_{t-1} | x_t), a normal distribution (H11, N13).
 
         Args:
-            denoiser: D(x, sigma, labels). For the learned variance D(x, sigma, labels, all_outputs=True) appends v to D.
+            denoiser: D(x, sigma, labels); for the learned variance a `precond.VarianceDenoiser`.
             variance: fixed_small, the posterior's; fixed_large, beta; or learned_range, between them as the network says.
 
         Returns:
@@ -141,7 +148,7 @@ class Chain:
         return mean_bits(torch.where(pixelwise(t, slice(None)) == 0, reconstruction, divergence))
 
     def prior_term(self, y: torch.Tensor) -> torch.Tensor:
-        """Return L_T, what the noisiest images still tell about y (H5): (B,), in bits per dimension. No network has a part."""
+        """Return L_T (H5), the divergence of q(x_T | y) from N(0, I): (B,), in bits per dimension. It depends on no network."""
         t = torch.full((len(y),), len(self) - 1, device=y.device)
         mean, log_variance = pixelwise(self.scale, t) * y, pixelwise(1 - self.alpha_bar, t).log()
         return mean_bits(normal_divergence(mean, log_variance, torch.zeros_like(y), torch.zeros_like(y)))
@@ -214,7 +221,7 @@ def ancestral(
     Yields:
         The state after each step; the last one's x holds the images.
     """
-    sigma, scale = [0.0, *chain.sigma.tolist()], [1.0, *chain.scale.tolist()]  # before each timestep
+    sigma, scale = [0.0, *chain.sigma.tolist()], [1.0, *chain.scale.tolist()]  # [0]: clean images; [i + 1]: timestep i
     chain, x = chain.like(latents), latents
     for index in reversed(range(len(chain))):
         t = torch.full((len(x),), index, device=x.device)
@@ -229,7 +236,7 @@ def ddim(denoiser: Denoiser, latents: torch.Tensor, chain: Chain, labels: torch.
 
     This is Euler's method with sigma(t) = t. Arguments and states are those of `ancestral`.
     """
-    sigma, scale = [0.0, *chain.sigma.tolist()], [1.0, *chain.scale.tolist()]  # before each timestep
+    sigma, scale = [0.0, *chain.sigma.tolist()], [1.0, *chain.scale.tolist()]  # [0]: clean images; [i + 1]: timestep i
     x = latents / scale[-1]
     for index in reversed(range(len(chain))):
         denoised = denoiser(x, sigma[index + 1], labels).to(x.dtype)

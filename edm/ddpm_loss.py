@@ -12,7 +12,7 @@ from torch import nn
 
 from edm.ddpm import Chain, pixelwise
 from edm.loss import NoiseDistribution, squared_error
-from edm.precond import Denoiser
+from edm.precond import VarianceDenoiser
 from edm.schedule import NoiseLevels
 
 
@@ -65,7 +65,7 @@ class ImportanceSampledTimesteps(nn.Module, NoiseDistribution):
         source = torch.arange(size, device=t.device) + count[:, None]
         self.history.copy_(self.history.gather(1, source.clamp(max=size - 1)))  # shift out as many as come in
         t, order = t.sort(stable=True)
-        to_come = torch.searchsorted(t, t, right=True) - torch.arange(len(t), device=t.device)  # of the same t, this included
+        to_come = torch.searchsorted(t, t, right=True) - torch.arange(len(t), device=t.device)  # losses of this t from here on
         # If a batch has more than `size` losses of one timestep, several of them share a slot: write the latest there.
         last = order[torch.arange(len(t), device=t.device) + (to_come - 1) // size * size]
         self.history[t, size - 1 - (to_come - 1) % size] = losses.to(self.history.dtype)[last]
@@ -81,12 +81,18 @@ class VariationalLoss:
     chain: Chain
 
     def __call__(
-        self, denoiser: Denoiser, y: torch.Tensor, n: torch.Tensor, sigma: torch.Tensor, weight: torch.Tensor, **conditions
+        self,
+        denoiser: VarianceDenoiser,
+        y: torch.Tensor,
+        n: torch.Tensor,
+        sigma: torch.Tensor,
+        weight: torch.Tensor,
+        **conditions,
     ) -> torch.Tensor:
         """Return the loss of each image, (B,), in bits an image.
 
         Args:
-            denoiser: D(x, sigma, all_outputs=True, **conditions), with the variance output appended to D.
+            denoiser: the network in training.
             y: (B, C, H, W), clean images.
             n: (B, C, H, W), noise of standard deviation sigma.
             sigma: (B,), noise levels of the chain.
@@ -95,7 +101,9 @@ class VariationalLoss:
         """
         return self.bound(y, n, sigma, *self.outputs(denoiser, y + n, sigma, **conditions))
 
-    def outputs(self, denoiser: Denoiser, x: torch.Tensor, sigma: torch.Tensor, **conditions) -> tuple[torch.Tensor, ...]:
+    def outputs(
+        self, denoiser: VarianceDenoiser, x: torch.Tensor, sigma: torch.Tensor, **conditions
+    ) -> tuple[torch.Tensor, ...]:
         """Return the denoised images and the variance output v, (B, C, H, W) each."""
         return denoiser(x, sigma, all_outputs=True, **conditions).chunk(2, dim=1)
 
@@ -112,7 +120,13 @@ class HybridLoss(VariationalLoss):
     """Improved DDPM's loss, L_simple + 0.001 L_vlb (N16). L_vlb teaches the variance alone: its mean has no gradient."""
 
     def __call__(
-        self, denoiser: Denoiser, y: torch.Tensor, n: torch.Tensor, sigma: torch.Tensor, weight: torch.Tensor, **conditions
+        self,
+        denoiser: VarianceDenoiser,
+        y: torch.Tensor,
+        n: torch.Tensor,
+        sigma: torch.Tensor,
+        weight: torch.Tensor,
+        **conditions,
     ) -> torch.Tensor:
         D, v = self.outputs(denoiser, y + n, sigma, **conditions)
         return weight * squared_error(D, y) + 0.001 * self.bound(y, n, sigma, D.detach(), v)

@@ -62,8 +62,8 @@ def log_density(
         labels: one-hot (B, K) or None.
 
     Yields:
-        After each of the N steps an estimate of log p(x; sigma_min), (B,), which takes the density at the noise level reached
-        to be N(0, sigma^2 I). The last one is the answer. A step costs two evaluations with their gradients.
+        After each of the N steps an estimate of log p(x; sigma_min), (B,), assuming that the density at the current noise level
+        is N(0, sigma^2 I). The last one is the answer. A step costs two evaluations with their gradients.
     """
     d = x[0].numel()
     change = torch.zeros(len(x), dtype=x.dtype, device=x.device)  # of log p, from sigma_min to sigma

@@ -49,7 +49,7 @@ class NoiseDistribution:
     """
 
     def importance(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Return the importance weights, the intended density of sigma over that of the draws: (B,) -> (B,)."""
+        """Return the importance weights p(sigma) / q(sigma), (B,): the intended density over that of the draws."""
         return torch.ones_like(sigma)
 
     def update(self, sigma: torch.Tensor, losses: torch.Tensor) -> None:

@@ -33,6 +33,21 @@ class Denoiser(Protocol):
         ...
 
 
+class VarianceDenoiser(Denoiser, Protocol):
+    """A denoiser whose network also puts out a variance v, as Improved DDPM's does (`ddpm.py`)."""
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor | float,
+        labels: torch.Tensor | None = None,
+        *,
+        all_outputs: bool = False,
+    ) -> torch.Tensor:
+        """Return D(x; sigma), (B, C, H, W), or with `all_outputs` D and v, (B, 2 C, H, W)."""
+        ...
+
+
 def score(x: torch.Tensor, sigma: torch.Tensor | float, denoised: torch.Tensor) -> torch.Tensor:
     """Return the score, the gradient of log p(x; sigma) with respect to x: (D(x; sigma) - x) / sigma^2 (Eq. 3).
 
@@ -51,7 +66,7 @@ class Preconditioning:
 
     Attributes:
         sigma_min, sigma_max: the lowest and the highest noise level that the network is trained for.
-        outputs: the network puts out `outputs` C channels for images of C channels; D uses the first C.
+        outputs: the number of the network's output channels for each image channel. D uses the first C of images with C.
     """
 
     sigma_min = 0.0
@@ -168,7 +183,7 @@ class iDDPMPreconditioning(NoisePrediction):
         return self.levels.sigma[-1].item()
 
     def c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Return M - 1 - j of the nearest u_j: 0 for the lowest level, and -1 where u_M = 0 is nearer still."""
+        """Return the index of the nearest level, M - 1 - j in Table 1: 0 for the lowest, -1 where u_M = 0 is nearer."""
         is_nearest_to_0 = sigma < self.levels.like(sigma)[0] / 2
         return torch.where(is_nearest_to_0, -1, self.levels.nearest(sigma)).to(sigma.dtype)
 

@@ -1,7 +1,7 @@
 """Samplers: from noise to images along the probability-flow ODE, with or without added noise (Algorithms 1, 2 and 3).
 
 `heun_sampler` and `stochastic_sampler` are Algorithms 1 and 2 as the paper prints them. `sample` does what they do and the rest
-of the design space: any sigma(t) and s(t), first or second order, churn, and noise levels that the network must be asked at.
+of the design space: any sigma(t) and s(t), first or second order, churn, and networks that know only some noise levels.
 """
 
 import functools
@@ -187,13 +187,11 @@ def sample(
 def guided(denoiser: Denoiser, guidance: float) -> Denoiser:
     """Return a denoiser with classifier-free guidance: D(x; sigma) + guidance (D(x; sigma, labels) - D(x; sigma)).
 
-    After Ho and Salimans, 2022 (arXiv 2207.12598).
+    After Ho and Salimans, 2022 (arXiv 2207.12598). With `all_outputs`, the further outputs are the conditional denoiser's.
 
     Args:
         denoiser: a conditional denoiser, trained with label dropout.
         guidance: 0 ignores the labels, 1 samples the class as trained, more exaggerates it.
-
-    With `all_outputs`, the further outputs are those of the conditional denoiser.
     """
     if guidance == 1:
         return denoiser

@@ -96,7 +96,7 @@ def edm_steps(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0,
         rho: 1 spaces the levels evenly; the larger rho, the more of them lie near sigma_min.
 
     Returns:
-        (num_steps + 1,) in float64, on the CPU, as the other discretizations do.
+        (num_steps + 1,) in float64, on the CPU. All discretizations return this form.
     """
     first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     fraction = evenly_spaced(num_steps)  # i / (N - 1)

@@ -97,9 +97,7 @@ def load(path: str | Path) -> dict:
         UserError: there is no such file, it is damaged, it asks for more than data, or it is something else.
     """
     path = Path(path)
-    if not os.path.isfile(path):  # Path.is_file raises if the name is too long
-        beside = ", ".join(f"diffusion-{step}.pt" for step in saved_steps(path.parent)[-5:])
-        raise UserError(f"there is no checkpoint {path}" + (f"; beside it are {beside}" if beside else ""))
+    check_exists(path)
     try:
         if not zipfile.is_zipfile(path):
             return published.read_pickle(path)
@@ -118,6 +116,13 @@ def load(path: str | Path) -> dict:
         return published.read_lesson(contents, path)
     check_contents(contents, path)
     return contents
+
+
+def check_exists(path: str | Path) -> None:
+    """Raise a `UserError` that names the checkpoints beside it unless there is such a file."""
+    if not os.path.isfile(path):  # Path.is_file raises if the name is too long
+        beside = ", ".join(f"diffusion-{step}.pt" for step in saved_steps(Path(path).parent)[-5:])
+        raise UserError(f"there is no checkpoint {path}" + (f"; beside it are {beside}" if beside else ""))
 
 
 def check_contents(contents: object, path: Path) -> None:

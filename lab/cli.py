@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 
 class UserError(Exception):
-    """An error that a person can mend. Its text is one line: what is wrong, where, and what is allowed."""
+    """An error that the user can correct. Its text is one line: what is wrong, where, and what is allowed."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
@@ -50,8 +50,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Raise a `UserError` with argparse's message and a hint."""
-        unknown = message.rpartition("unrecognized arguments: ")[2].split(" ")[0].split("=")[0]
-        match = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
+        message = message.replace(", section.key=value", "")  # argparse takes optional overrides for required
+        if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.+)\)", message):
+            unknown, allowed = choice[1], re.findall(r"\w+", choice[2])
+        else:
+            _, is_unknown, rest = message.partition("unrecognized arguments: ")
+            unknown, allowed = rest.split(" ")[0].split("=")[0], self._option_string_actions if is_unknown else ()
+        match = difflib.get_close_matches(unknown, allowed, n=1)
         raise UserError(f"{message}; did you mean {match[0]}?" if match else f"{message}; see --help")
 
 
@@ -103,8 +108,8 @@ def run_script(main: Callable[[], None]) -> None:
         print(end="", flush=True)  # a closed output raises here rather than while Python exits
     except UserError as error:
         rank = int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
-        if rank == 0 or dist.is_initialized():  # until the ranks have met, they all fail in the same way
-            print(f"error: {one_line(str(error))}", file=sys.stderr)
+        if rank == 0 or dist.is_initialized():  # before that, all ranks fail in the same way
+            sys.stderr.write(f"error{f' on rank {rank}' if rank else ''}: {one_line(str(error))}\n")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)

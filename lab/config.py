@@ -197,8 +197,9 @@ def read_file(path: Path, above: tuple[Path, ...]) -> dict:
         values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        beside = sorted(map(str, path.parent.glob("*.yaml"))) if os.path.isdir(path.parent) and not os.path.exists(path) else []
-        hint = f"; {nearest(str(path), beside)}" if beside else ""
+        beside = list(path.parent.glob("*.yaml")) if os.path.isdir(path.parent) else []
+        others = {other.name for other in [*beside, *CONFIGS.glob("*.yaml")]} if above else set(map(str, beside))
+        hint = f"; {nearest(path.name if above else str(path), sorted(others))}" if others and not os.path.exists(path) else ""
         by = f" (the base of {above[-1]})" if above else ""
         raise UserError(f"cannot read the config {path}{by}: {reason}{hint}") from None
     base = values.pop("base", None) if isinstance(values, dict) else None
@@ -283,7 +284,7 @@ def from_dict(values: object, name: str, source: str, overrides: Iterable[str] =
         first = error.errors()[0]
         overridden = first["loc"][:2] in [(section, key) for section, key, _ in parsed]
         raise UserError(f"{'command line' if overridden else source}: {explain(first)}") from None
-    check_combinations(config, source)
+    check_combinations(config, f"{source} and command line" if parsed else source)
     return config
 
 
@@ -318,7 +319,7 @@ def explain(error: dict) -> str:
         allowed = [str(choice) for choice in getattr(field.annotation, "__args__", ())]
         return f"{section}.{key}: unknown choice {brief(value)}; {nearest(str(value), allowed)}"
     if error["type"] == "value_error":
-        return f"{section}.{key}: must be a number, not {brief(value)}"
+        return f"{section}.{key}: must be a number{' or auto' * (key == 'sigma_data')}, not {brief(value)}"
     rule = error["msg"].partition(",")[0].partition(" after")[0]
     for pydantic, ours in WORDS.items():
         rule = rule.replace(pydantic, ours)

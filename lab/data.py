@@ -22,14 +22,8 @@ from lab.distributed import World
 from lab.seeds import generator_for
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".webp"}
-IMAGE_FORMATS = [
-    "BMP",
-    "GIF",
-    "JPEG",
-    "PNG",
-    "PPM",
-    "WEBP",
-]  # whatever the suffix; Pillow would run code in others, such as EPS
+# Formats that are read, whatever the suffix. Pillow would run code in others, such as EPS.
+IMAGE_FORMATS = ["BMP", "GIF", "JPEG", "PNG", "PPM", "WEBP"]
 HAVE_TEST_SETS = ("mnist", "fashion_mnist", "cifar10")
 MAX_READERS = 16  # threads that decode images
 

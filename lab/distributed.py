@@ -38,7 +38,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which writes files and prints."""
+        """Return whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def shard(self, count: int) -> slice:

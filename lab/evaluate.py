@@ -19,11 +19,11 @@ from lab.config import Config, with_overrides
 from lab.data import HAVE_TEST_SETS
 from lab.device import autocast_dtype, explain_device_errors
 from lab.distributed import World, distributed
-from lab.generate import class_labels, generate, load_denoiser, with_arguments
+from lab.generate import add_checkpoint_arguments, class_labels, generate, load_denoiser
 from lab.metrics import MIN_IMAGES, Comparison, LabelledImages, real_images
 from lab.pictures import check_writable, save_sweep
 
-FEW_SAMPLES = 500  # the Frechet distance of fewer samples says little
+FEW_SAMPLES = 500  # distances of fewer samples say little
 
 # The samplers of the sweep: numbers of steps, and overrides.
 EDM = ["sampler.discretization=edm", "sampler.schedule=linear", "sampler.scaling=none"]
@@ -53,13 +53,13 @@ def main() -> None:
             levels = first(lambda: ode_levels(denoiser, config, args.ode_steps))
             chain = first(lambda: bound_chain(config, args.timesteps))
 
-        against = describe(config, args.against)
+        against = reference_name(config, args.against)
         results = {"checkpoint": str(args.checkpoint), "step": step, "against": against}
         if num_samples:
             options = (args.output_dir / "classifier", args.against, args.features)
             comparison = on_first_rank(world, lambda: Comparison(config, train, held_out, *options))
             if num_samples < FEW_SAMPLES:
-                print(f"warning: the Frechet distance of {num_samples} samples says little; compare {FEW_SAMPLES} or more")
+                print(f"warning: distances of {num_samples} samples differ by chance; compare {FEW_SAMPLES} or more")
         if args.sweep:
             picture = args.output_dir / "image" / config.data.dataset / "evaluate" / config.name / "sweep.png"
             results["sweep"] = sweep(denoiser, config, comparison, num_samples, device, batch_size, world, picture)
@@ -84,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("overrides", nargs="*", metavar="section.key=value", help="replace entries of the checkpoint's config")
-    with_arguments(parser)
+    add_checkpoint_arguments(parser)
     add("--num_samples", type=whole_number(0), help="samples to compare (default: 1000, for --sweep 250; 0: no comparison)")
     add("--num_images", type=whole_number(0), help="real images for bits per dimension (default: 100; 0: no bits)")
     add("--ode_steps", type=whole_number(1, 10_000), default=64, help="steps of the ODE for bits per dimension (default: 64)")
@@ -124,7 +124,7 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def describe(config: Config, against: str) -> str:
+def reference_name(config: Config, against: str) -> str:
     """Return the name of the images that "test" or "train" stands for."""
     if config.data.dataset in HAVE_TEST_SETS:
         return {"test": "test images", "train": "training images"}[against]
@@ -249,7 +249,7 @@ def sweep(
         return evaluations, comparison.frechet_distance(images) if comparison else None
 
     def point(name: str, overrides: list[str], steps: int) -> list[tuple[float, float | None]]:
-        """Return its evaluations and distance, or nothing if the network does not support the sampler."""
+        """Return [(evaluations, distance)] of a sampler, or [] if the network does not support it."""
         try:
             evaluations, distance = measure(*overrides, f"sampler.sampling_steps={steps}")
         except UserError as error:

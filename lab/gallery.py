@@ -13,7 +13,7 @@ from lab.cli import Parser, UserError, run_script, seed_list
 from lab.config import Config, with_overrides
 from lab.data import HAVE_TEST_SETS, as_tensors, open_dataset, to_model_range, to_uint8
 from lab.device import autocast_dtype, explain_device_errors, pick_device
-from lab.generate import class_labels, generate, load_denoiser, with_arguments
+from lab.generate import add_checkpoint_arguments, class_labels, generate, load_denoiser
 from lab.seeds import ImageNoise
 
 NUM_FRAMES = 10  # of a filmstrip
@@ -28,7 +28,7 @@ def main() -> None:
         "picture", choices=PICTURES, help="; ".join(f"{name}: {text}" for name, (_, _, text) in PICTURES.items())
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace entries of the checkpoint's config")
-    with_arguments(parser)
+    add_checkpoint_arguments(parser)
     parser.add_argument("--seeds", type=seed_list, help="which images, such as 0-3,100 (default: the first few)")
     parser.add_argument("--data_root", help="short for data.root=VALUE")
     parser.add_argument("--output_dir", type=Path, help="output folder (default: output/image/<dataset>/gallery/<config name>)")
@@ -120,7 +120,7 @@ def neighbours(path: Path, denoiser: PreconditionedDenoiser, config: Config, dev
     print(f"  {distances[:, 0].median():.3f} of {len(seeds)} samples")
     if test is not None:
         distances, _ = nearest_images(test, train, 1)
-        print(f"  {distances.median():.3f} of {len(distances):,} test images, which no network has been trained on")
+        print(f"  {distances.median():.3f} of {len(distances):,} test images, which this network has not been trained on")
 
 
 def nearest_images(images: torch.Tensor, train: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

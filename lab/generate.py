@@ -21,7 +21,7 @@ from lab.distributed import World
 from lab.seeds import ImageNoise
 
 
-def with_arguments(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of every command that takes a checkpoint."""
     parser.add_argument("--checkpoint", type=Path, required=True, help="a diffusion-*.pt file, or a network of the authors")
     parser.add_argument("--config_path", type=Path, help="the YAML config (default: the one that the checkpoint carries)")
@@ -164,16 +164,18 @@ def save_grid(
         pictures.save_image(path, pictures.grid(torch.cat(images), grid_columns(seeds, config.network.label_dim)))
 
 
-def export(source: Path, target: Path) -> None:
+def export(source: Path, target: Path, config_path: Path | None, overrides: list[str]) -> None:
     """Write a checkpoint for sampling only: the averaged weights (matrices in half precision), step, name and config.
+
+    Args:
+        source, config_path, overrides: as in `load_denoiser`.
+        target: the file to write.
 
     Raises:
         UserError: the source cannot be read, its weights do not fit its config, or the target cannot be written.
     """
-    contents = checkpoint.load(source)
-    config = checkpoint.read_config(contents, source)
-    weights = build_network(config, contents["ema"], source).state_dict()
+    config, denoiser, step = load_denoiser(source, config_path, overrides, torch.device("cpu"))
     # What is small stays exact: biases, norms, and the frequencies of NCSN++, which half precision would change.
-    ema = {name: tensor.half() if tensor.ndim > 1 else tensor for name, tensor in weights.items()}
-    checkpoint.save(target, {"step": contents["step"], "name": config.name, "config": config.to_dict(), "ema": ema})
+    ema = {name: tensor.half() if tensor.ndim > 1 else tensor for name, tensor in denoiser.state_dict().items()}
+    checkpoint.save(target, {"step": step, "name": config.name, "config": config.to_dict(), "ema": ema})
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")

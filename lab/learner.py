@@ -45,8 +45,9 @@ class Learner:
             fused=device.type != "mps",
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
-        with device:
-            self.noise_distribution = build_noise_distribution(config)
+        self.noise_distribution = build_noise_distribution(config)
+        if isinstance(self.noise_distribution, torch.nn.Module):
+            self.noise_distribution.to(device)
         if training.compile:
             self.net.model.compile(dynamic=False)
 
@@ -112,7 +113,7 @@ class Learner:
             if state["scaler"]:  # empty unless the run was in fp16
                 self.scaler.load_state_dict(state["scaler"])
             learned, own = state.get("noise_distribution", {}), self.noise_distribution.state_dict()
-            if own and learned:  # else the distribution is another now, and starts anew
+            if own and learned:  # otherwise the distribution has changed, and starts without a history
                 if not all(is_plain(learned[key]) and learned[key].shape == own[key].shape for key in own):
                     raise ValueError
                 self.noise_distribution.load_state_dict(learned)

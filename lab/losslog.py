@@ -26,6 +26,7 @@ class LossLog:
     def __init__(self, path: Path | None, config: Config, contents: dict):
         self.path, self.batch_size = path, config.training.batch_size
         self.pending: list[torch.Tensor] = []
+        self.edges = torch.tensor(NOISE_BANDS)
         self.records: list[list[float]] = contents.get("losses", torch.zeros(0)).tolist()
         self.first_step = contents.get("step", 0) - len(self.records) + 1
         self.initial_loss = config.data.channels * config.data.resolution**2  # about 1 for each pixel
@@ -34,12 +35,12 @@ class LossLog:
 
     @property
     def steps(self) -> range:
-        """The steps whose losses are known."""
+        """Return the steps whose losses are known."""
         return range(self.first_step, self.first_step + len(self.records))
 
     @property
     def limit(self) -> float:
-        """A loss far above any that training starts with."""
+        """Return a loss far above any that training starts with."""
         first = [record[0] for record in self.records[:1] if math.isfinite(record[0])]
         return 100 * max(self.initial_loss, *first, 0)
 
@@ -49,7 +50,8 @@ class LossLog:
         Args:
             loss, sigma, importance: (batch_size,), one for each image, on any device.
         """
-        bands = by_noise_level(loss, sigma, importance, torch.tensor(NOISE_BANDS, device=loss.device))
+        self.edges = self.edges.to(loss.device)  # a copy in the first step alone, as the GPU would wait for it
+        bands = by_noise_level(loss, sigma, importance, self.edges)
         self.pending.append(torch.cat([(importance * loss).mean()[None], bands]))
 
     def flush(self) -> None:

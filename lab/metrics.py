@@ -74,7 +74,7 @@ def load_or_train_classifier(config: Config, train: LabelledImages, num_classes:
 
     The file's name holds a digest of the images and labels; a classifier that was trained on the same ones is loaded.
     """
-    digest = hashlib.blake2b(train.images.cpu().numpy(), digest_size=6)
+    digest = hashlib.blake2b(train.images.cpu().contiguous().numpy(), digest_size=6)
     digest.update(train.labels.cpu().numpy())
     name = f"{config.data.dataset}-{digest.hexdigest()}"
     path = folder / f"{name}.pt"
@@ -275,5 +275,5 @@ class Comparison:
         return figures
 
     def floor(self, count: int) -> dict:
-        """Return the `quality` of up to `count` real images outside the reference: the best that samples can hope for."""
+        """Return the `quality` of up to `count` real images outside the reference, for comparison."""
         return self.quality(self.others.images[:count], self.others.labels[:count])

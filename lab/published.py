@@ -29,7 +29,7 @@ TAPS = {"ddpmpp": 2, "ncsnpp": 4, "adm": 2}  # of the filters that resample
 
 def refusal(path: Path, name: str) -> UserError:
     """Return the error about a file that names something that could run code."""
-    return UserError(f"{path} is refused: it asks for {name}, which is no data and could run code")
+    return UserError(f"{path} is refused: it asks for {name}, which is not data and could run code")
 
 
 def damaged(path: Path) -> UserError:
@@ -183,7 +183,7 @@ def data_and_network(weights: dict[str, torch.Tensor]) -> tuple[dict, dict]:
 
 
 class Refused(pickle.UnpicklingError):
-    """The error of an unpickler about a name that is no data."""
+    """The error of an unpickler about a name that is not data."""
 
 
 class Record:
@@ -224,7 +224,7 @@ def numpy_dtype(name: str, *ignored: object) -> numpy.dtype:
 
 
 def numpy_scalar(dtype: numpy.dtype, data: bytes) -> float | int | bool:
-    """Return a NumPy number as one of Python."""
+    """Convert a NumPy scalar to a Python number."""
     return numpy.frombuffer(data, dtype).item()
 
 

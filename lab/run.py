@@ -25,7 +25,7 @@ from lab.distributed import World
 from lab.learner import Learner
 from lab.losslog import LossLog
 
-# A run cannot be resumed with other BREAKING entries, as its weights would mean another function. FREE ones do not matter.
+# If a BREAKING entry differs, a run cannot be resumed: its weights would define another function. FREE entries may differ.
 BREAKING = (
     *(f"network.{name} " for name in Network.model_fields if name != "dropout"),
     *("data.resolution ", "data.channels ", "preconditioning.", "chain."),
@@ -49,7 +49,7 @@ class Run:
         self.path, self.config, self.world = path, config, world
         self.lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
         self.signum = 0  # the signal that this rank was sent
-        self.agreed = 0  # the signal that any rank was sent, once all know of it
+        self.agreed = 0  # the highest signal that any rank was sent, after all ranks have exchanged it
         self.stopping = False
         self.began = time.monotonic()
 
@@ -128,6 +128,9 @@ class Run:
         Returns:
             What the other ranks must load: a checkpoint's contents, {"ema": weights} or {}.
         """
+        for named in (resume_from, weights_from):
+            if named not in (None, "latest"):
+                checkpoint.check_exists(named)
         key = f"started in {self.path}"  # after a crash, torchrun starts the same command again: then go on
         if self.world.has_started(key) and saved_steps(self.path):
             resume_from, overwrite = "latest", False
@@ -198,6 +201,7 @@ class Run:
 
     @property
     def loss_curve(self) -> Path:
+        """Return the path of the loss curve."""
         return self.path / "loss.png"
 
     def grid(self, step: int) -> Path:
@@ -231,7 +235,7 @@ class Run:
         """
         self.log.add(loss, sigma, importance)
         self.agreed = self.world.all_reduce_max(self.signum)  # a signal that comes meanwhile ends the next step
-        # After Ctrl-C, whoever reads the bar may be gone, as in `... | tee log`.
+        # Not after a signal: the reader of the bar, such as `tee`, may have exited.
         if not self.signum and self.bar.update():  # redrawn: only then are the losses fetched from the device
             self.log.flush()
             rate = (self.bar.format_dict["rate"] or 0) * self.config.training.batch_size
@@ -248,6 +252,7 @@ class Run:
         self.world.broadcast(lambda: self.write(step, learner))
 
     def write(self, step: int, learner: Learner) -> None:
+        """Do what `save` says, on rank 0."""
         if self.log.has_diverged():
             steps = saved_steps(self.path)
             kept = f"the last checkpoint is {checkpoint_path(self.path, steps[-1])}" if steps else "nothing was saved yet"

@@ -93,7 +93,7 @@ class Bomb:
 def test_code_in_a_checkpoint_never_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({**CONTENTS, "ema": Bomb()}, "bomb.pt")
-    with pytest.raises(UserError, match=rf"bomb.pt is refused: it asks for {os.mkdir.__module__}.mkdir, which is no data"):
+    with pytest.raises(UserError, match=rf"bomb.pt is refused: it asks for {os.mkdir.__module__}.mkdir, which is not data"):
         checkpoint.load("bomb.pt")
     assert not os.path.exists("bomb")
 

@@ -63,7 +63,7 @@ def test_a_checkpoint_is_evaluated(path, run, start, tmp_path):
 
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
-    assert out.count("warning: the Frechet distance of 8 samples says little; compare 500 or more") == 1
+    assert out.count("warning: distances of 8 samples differ by chance; compare 500 or more") == 1
     two = json.loads((tmp_path / "two.json").read_text())
     for part in ("samples", "floor"):
         for figure in one[part]:

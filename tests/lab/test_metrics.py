@@ -75,7 +75,7 @@ def test_which_images_are_compared(tmp_path, monkeypatch, mnist_folder, against)
     monkeypatch.setattr(metrics, "MIN_STEPS", 5)
     learned, learn = [], metrics.train_classifier
     monkeypatch.setattr(metrics, "train_classifier", lambda data, *args: (learned.append(data), learn(data, *args))[1])
-    config = configs.load(configs.CONFIGS / "edm.yaml", [f"data.root={mnist_folder}"])
+    config = configs.load(configs.CONFIGS / "edm.yaml", [f"data.root={mnist_folder}", "data.channels=3"])
     train, test = real_images(config, CPU)
     assert [part.images[0].max() for part in (train, test)] == [0, 190]
     test = metrics.LabelledImages(255 - test.images, test.labels)  # so that they differ from the training images

@@ -219,7 +219,7 @@ def test_a_hostile_pickle_is_refused_by_name_and_nothing_runs(name, protocol, tm
         Path("hostile.pkl").write_bytes(pickle.dumps(contents, protocol=protocol))
         with pytest.raises(UserError) as error:
             checkpoint.load("hostile.pkl")
-        expected = f"hostile.pkl is refused: it asks for {name}, which is no data and could run code"
+        expected = f"hostile.pkl is refused: it asks for {name}, which is not data and could run code"
         assert str(error.value).replace("__builtin__", "builtins") == expected
         assert not Path("bomb").exists()
 
