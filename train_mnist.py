@@ -38,7 +38,7 @@ def train(config: Config, args: argparse.Namespace, device: torch.device, world:
 
     Raises:
         UserError: a cause that the user can correct.
-        SystemExit: a signal asked the run to stop; a checkpoint of the last step is written.
+        SystemExit: a signal asked the run to stop, after a checkpoint of the last step.
     """
     training, batch_size, label_dim = config.training, config.training.batch_size, config.network.label_dim
     if batch_size < world.size:
@@ -99,7 +99,7 @@ def train(config: Config, args: argparse.Namespace, device: torch.device, world:
             ema.update(step * batch_size, batch_size)
 
             # Record the losses of the whole batch. Every `save_and_sample_every_n` steps and after the last one, write a
-            # checkpoint and a grid of samples; when a signal has asked the run to stop, write a checkpoint.
+            # checkpoint and a grid of samples. When a signal has asked the run to stop, write a checkpoint.
             sigma, importance, loss = world.all_gather(list(torch.cat(seen, dim=1)), batch_size)
             noise_distribution.update(sigma, loss)
             run.record(loss, sigma, importance)

@@ -34,9 +34,10 @@ class Transformation:
 
     @classmethod
     def draw(cls, batch_size: int, probability: float, generator: torch.Generator) -> "Transformation":
-        """Draw transformations for a batch: x flips with probability 1/2, y flips with half of `probability`, others with it.
+        """Draw transformations for a batch (Table 6).
 
-        The stretch is along the x axis or along a random axis, with probability 1/2 each (Table 6).
+        x is flipped with probability 1/2, y with half of `probability`, and every other part is applied with `probability`. The
+        stretch is along the x axis or along a random axis, with probability 1/2 each.
         """
         options = {"generator": generator, "device": generator.device}
 
@@ -149,8 +150,7 @@ def augment(
     """Transform images (B, C, H, W) in [-1, 1] at random, and return them and their augmentation labels (B, 9).
 
     Args:
-        probability: of each part of a transformation except the flip in x. At 0 the images are returned unchanged, and
-            nothing is drawn.
+        probability: as in `Transformation.draw`. At 0 the images are returned unchanged, and nothing is drawn.
         generator: on the images' device.
         batch_size, shard: if the images are only a part of a batch, the batch's size and their place in it. An image is
             then transformed as it would be with the whole batch.

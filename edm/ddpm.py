@@ -260,7 +260,7 @@ def variational_bound(
         denoiser, chain, noise, variance, labels: as in `ancestral`.
 
     Yields:
-        (B,) in bits per dimension for every timestep, from the last to the first, whose term is the reconstruction.
+        A term (B,) in bits per dimension for each timestep, from the last to the first; the final one is L_0.
     """
     chain = chain.like(y)
     for index in reversed(range(len(chain))):

@@ -51,7 +51,7 @@ class ImportanceSampledTimesteps(nn.Module, NoiseDistribution):
         return self.levels.like(self.history)[t]
 
     def importance(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Return 1 / (T p_t) for noise levels (B,), which makes the mean of such draws the mean over all timesteps."""
+        """Return 1 / (T p_t) for noise levels (B,): losses times these weights average to the mean over uniform timesteps."""
         weights = self.weights()
         return (weights.mean() / weights)[self.levels.nearest(sigma)].to(sigma.dtype)
 
@@ -117,7 +117,7 @@ class VariationalLoss:
 
 @dataclass(frozen=True)
 class HybridLoss(VariationalLoss):
-    """Improved DDPM's loss, L_simple + 0.001 L_vlb (N16). L_vlb teaches the variance alone: its mean has no gradient."""
+    """Improved DDPM's loss, L_simple + 0.001 L_vlb (N16). In L_vlb D is detached, so it trains v alone."""
 
     def __call__(
         self,

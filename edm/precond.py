@@ -183,7 +183,10 @@ class iDDPMPreconditioning(NoisePrediction):
         return self.levels.sigma[-1].item()
 
     def c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Return the index of the nearest level, M - 1 - j in Table 1: 0 for the lowest, -1 where u_M = 0 is nearer."""
+        """Return the index of the nearest level, from 0 for the lowest (M - 1 - j in Table 1).
+
+        Below half of the lowest level it is -1, because u_M = 0 is nearer.
+        """
         is_nearest_to_0 = sigma < self.levels.like(sigma)[0] / 2
         return torch.where(is_nearest_to_0, -1, self.levels.nearest(sigma)).to(sigma.dtype)
 

@@ -1,6 +1,6 @@
 """Samplers: from noise to images along the probability-flow ODE, with or without added noise (Algorithms 1, 2 and 3).
 
-`heun_sampler` and `stochastic_sampler` are Algorithms 1 and 2 as the paper prints them. `sample` does what they do and the rest
+`heun_sampler` and `stochastic_sampler` are Algorithms 1 and 2 as the paper prints them. `sample`, a generator, covers the rest
 of the design space: any sigma(t) and s(t), first or second order, churn, and networks that know only some noise levels.
 """
 
@@ -76,7 +76,7 @@ def stochastic_sampler(
     Args:
         D, latents, t_steps, labels: as in `heun_sampler`.
         noise: called once a step; returns noise of unit variance of the latents' shape.
-        S_churn: the amount of noise added in all N steps together: each raises the noise level by the factor 1 + gamma.
+        S_churn: the total amount of churn, spread over the N steps. Each step multiplies the noise level by 1 + gamma.
         S_min, S_max: the noise levels between which it is added.
         S_noise: standard deviation of the added noise; slightly above 1 makes up for detail that D removes.
 
@@ -120,7 +120,7 @@ def sample(
     noise: Callable[[], torch.Tensor] | None = None,
     round_sigma: Callable[[float], float] = lambda sigma: sigma,
 ) -> Iterator[State]:
-    """Sample with any choice of Table 1, with or without churn; by default as Algorithm 1 with sigma(t) = t and s(t) = 1.
+    """Yield the states of a sampler with any sampling choice of Table 1, with or without churn; by default Algorithm 1's.
 
     Without churn this solves the ODE (Eq. 4), where the score is that of the unscaled images x / s:
 

@@ -74,7 +74,7 @@ def build_chain(config: Config) -> Chain:
 
 
 def build_preconditioning(config: Config) -> Preconditioning:
-    """Return c_skip, c_out, c_in and c_noise."""
+    """Return the preconditioning: c_skip, c_out, c_in, c_noise, and the noise levels that the network knows."""
     match config.preconditioning.formulation:
         case "edm":
             return EDMPreconditioning(config.preconditioning.sigma_data)

@@ -31,7 +31,7 @@ def as_number(value: object) -> object:
 
 
 def no_as_word(value: object) -> object:
-    """Turn false, for which YAML takes the word no, back into the word."""
+    """Turn false back into "no", which YAML reads as false."""
     return "no" if value is False else value
 
 

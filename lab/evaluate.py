@@ -100,7 +100,7 @@ def parse_arguments() -> argparse.Namespace:
         default="classifier",
         help="the features to compare (default: those of a small classifier, which is trained on first use)",
     )
-    add("--sweep", action="store_true", help="instead, draw the distance over the number of evaluations and over S_churn")
+    add("--sweep", action="store_true", help="instead, draw the distance against the number of evaluations and against S_churn")
     add("--batch_size", type=whole_number(1), default=100, help="images at a time (default: 100)")
     add("--data_root", help="short for data.root=VALUE")
     add("--output_dir", type=Path, default=Path("output"), help="folder of classifier and picture (default: output)")
@@ -225,8 +225,8 @@ def sweep(
     world: World,
     picture: Path,
 ) -> dict | None:
-    """Return the Frechet distance of `count` samples over the number of network evaluations per image, for several samplers
-    (the paper's Figures 2 and 4), and over S_churn (Figure 5c). Prints each one, and draws them all.
+    """Return the Frechet distance of `count` samples for several samplers and numbers of network evaluations per image (the
+    paper's Figures 2 and 4), and for several S_churn (Figure 5c). Prints each one, and draws them all.
 
     Args:
         denoiser: its evaluations are counted.

@@ -51,7 +51,7 @@ def reverse_process(
 ) -> list[State]:
     """Return the states after each step of the sampler, (B, C, H, W) on the CPU, the last of which holds the samples.
 
-    Each state's `denoised` is D(x; sigma) at its own x and sigma. (The sampler's is from where the step began.)
+    Here `denoised` is computed anew at the end of the step; the sampler yields the one from its start.
     """
     dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple GPUs have no float64
     noise = ImageNoise(seeds, (config.data.channels, config.data.resolution, config.data.resolution), device, dtype)
@@ -107,7 +107,7 @@ def trajectories(path: Path, denoiser: PreconditionedDenoiser, config: Config, d
 
 
 def neighbours(path: Path, denoiser: PreconditionedDenoiser, config: Config, device: torch.device, seeds: list[int]) -> None:
-    """Plot samples, each beside its nearest training images (by their pixels), and print the median distances."""
+    """Plot samples beside their nearest training images, and print the median distance of samples and of test images."""
     train = as_tensors(open_dataset(config))[0].to(device)
     test = as_tensors(open_dataset(config, test=True))[0][:1000].to(device) if config.data.dataset in HAVE_TEST_SETS else None
     made = samples(denoiser, config, device, seeds, title="sampling")

@@ -123,7 +123,7 @@ class Run:
         return contents.get("step", 0)
 
     def load_and_claim(self, learner: Learner, resume_from: str | None, weights_from: str | None, overwrite: bool) -> dict:
-        """Load the learner on rank 0, then make sure that the folder holds this run alone.
+        """Load the checkpoint or the weights on rank 0, if any; then refuse checkpoints of other runs, or move them aside.
 
         Returns:
             What the other ranks must load: a checkpoint's contents, {"ema": weights} or {}.
@@ -228,7 +228,7 @@ class Run:
                     return
 
     def record(self, loss: torch.Tensor, sigma: torch.Tensor, importance: torch.Tensor) -> None:
-        """Record the mean loss of a step, in all and by noise level, and agree with the other ranks whether to stop.
+        """Record the mean loss of a step, in all and by noise level, and set `stopping` if a signal or divergence ends the run.
 
         Args:
             loss, sigma, importance: (batch_size,), one for each image of the batch of all ranks.
@@ -243,7 +243,7 @@ class Run:
         self.stopping = self.world.all_reduce_max(self.agreed > 0 or self.log.has_diverged()) > 0
 
     def save(self, step: int, learner: Learner) -> None:
-        """Write the checkpoint of a step, delete those that are not to be kept, and draw the loss curve.
+        """Write the checkpoint of a step, delete old ones beyond `keep_last`, and draw the loss curve.
 
         Raises:
             UserError: the run has diverged, or the checkpoint cannot be written.
