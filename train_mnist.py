@@ -84,13 +84,14 @@ def train(config: Config, args: argparse.Namespace, device: torch.device, world:
             parts = split(batch, training.accumulation)
             for part in parts:
                 y, n, sigma, weight, importance, labels, augment_labels = part
-                with world.no_sync(net, last=part is parts[-1]), autocast(device, learner.precision):
-                    if chain_loss is None:
-                        D = net(y + n, sigma, labels, augment_labels)
-                        loss = weight * squared_error(D, y)  # lambda(sigma) |D(y + n; sigma) - y|^2 (Eq. 8)
-                    else:
-                        loss = chain_loss(net, y, n, sigma, weight, labels=labels, augment_labels=augment_labels)
-                    mean = (importance * loss).sum() / batch_size
+                with world.no_sync(net, last=part is parts[-1]):
+                    with autocast(device, learner.precision):
+                        if chain_loss is None:
+                            D = net(y + n, sigma, labels, augment_labels)
+                            loss = weight * squared_error(D, y)  # lambda(sigma) |D(y + n; sigma) - y|^2 (Eq. 8)
+                        else:
+                            loss = chain_loss(net, y, n, sigma, weight, labels=labels, augment_labels=augment_labels)
+                        mean = (importance * loss).sum() / batch_size
                     learner.scaler.scale(mean * world.size).backward()  # the ranks' gradients are averaged, not summed
                 seen.append(torch.stack([sigma, importance, loss.detach()]))
 

@@ -73,7 +73,7 @@ def training_step(config: Config, device: torch.device) -> Callable:
         n = torch.randn(y.shape, generator=generator, device=device) * sigma[:, None, None, None]
         with autocast(device, learner.precision):
             loss = weighting(sigma) * squared_error(learner.net(y + n, sigma, labels), y)
-            learner.scaler.scale(loss.sum() / batch_size).backward()
+        learner.scaler.scale(loss.sum() / batch_size).backward()
         learner.optimizer_step(10**6)  # the step of a run that has seen so many images
         learner.ema.update(10**6, batch_size)
 

@@ -25,8 +25,10 @@ IMPORTANCE = ["preconditioning.formulation=improved_ddpm", "loss.objective=hybri
 IMPORTANCE += ["chain.betas=cosine", "chain.num_timesteps=4", "loss.weighting=iddpm", "training.batch_size=16"]
 
 
-def test_three_steps_by_hand(train, tiny, last, same):
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_three_steps_by_hand(train, tiny, last, same, precision):
     """The paper's training, written down once more without the code under test: every bit of the result is the same."""
+    half = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")  # for F alone, and not for the gradients
     seed, P_mean, P_std, sigma_data, batch_size, label_dim = 0, -1.2, 1.2, 0.5, 4, 2
 
     torch.manual_seed(seed_for(seed, "initial weights"))
@@ -52,7 +54,8 @@ def test_three_steps_by_hand(train, tiny, last, same):
         c_in = 1 / (s**2 + sigma_data**2).sqrt()
         c_noise = sigma.log() / 4
         torch.manual_seed(seed_for(seed, "dropout", step))
-        D = c_skip * (y + n) + c_out * F(c_in * (y + n), c_noise, labels)
+        with half:
+            D = c_skip * (y + n) + c_out * F(c_in * (y + n), c_noise, labels).float()
         # lambda(sigma) |D(y + n; sigma) - y|^2, averaged over the batch.
         weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
         loss = (weight * (D - y).square().sum(dim=(1, 2, 3))).mean()
@@ -68,7 +71,7 @@ def test_three_steps_by_hand(train, tiny, last, same):
             for mean, weight in zip(average.parameters(), F.parameters()):
                 mean.lerp_(weight, 1 - 0.5 ** (batch_size / halflife))
 
-    trained = last(train(tiny, LAST_STEP, 3))
+    trained = last(train(tiny, LAST_STEP, 3, "--mixed_precision", precision))
     assert trained["losses"][:, 0].tolist() == expected_losses
     assert same(trained["net"], {f"model.{name}": weight for name, weight in F.state_dict().items()})
     assert same(trained["ema"], {f"model.{name}": weight for name, weight in average.state_dict().items()})
