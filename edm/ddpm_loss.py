@@ -56,6 +56,7 @@ class ImportanceSampledTimesteps(nn.Module, NoiseDistribution):
         return (weights.mean() / weights)[self.levels.nearest(sigma)].to(sigma.dtype)
 
     def update(self, sigma: torch.Tensor, losses: torch.Tensor) -> None:
+        """Remember the losses of a whole batch, (B,), by the timesteps of their noise levels (B,)."""
         self.record(self.levels.nearest(sigma), losses)
 
     def record(self, t: torch.Tensor, losses: torch.Tensor) -> None:
