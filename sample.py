@@ -36,7 +36,8 @@ def main() -> None:
         if args.compile:
             denoiser.model.compile(dynamic=False)
 
-        precision, num_frames = autocast_dtype(args.mixed_precision, device), MAX_FRAMES if args.gif else 1
+        precision = world.lowest_precision(autocast_dtype(args.mixed_precision, device))
+        num_frames = MAX_FRAMES if args.gif else 1
         kept, done = [], 0
         for frames in generate(
             denoiser, seeds, config, device, args.batch_size, precision, class_index, num_frames, world=world
@@ -80,9 +81,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--save_images", action="store_true", help="also write every image as images/<seed>.png")
     parser.add_argument("--gif", action="store_true", help="also write the reverse process as reverse.gif")
     parser.add_argument("--output_dir", type=Path, help="where to (default: output/image/<data set>/sample/<config name>)")
-    parser.add_argument(
-        "--mixed_precision", choices=["no", "auto", "fp16", "bf16"], default="no", help="the network's precision (default: no)"
-    )
     parser.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
     parser.add_argument(
         "--export", type=Path, metavar="FILE", help="write the averaged weights alone, in half precision, instead of sampling"

@@ -49,7 +49,7 @@ def train(config: Config, args: argparse.Namespace, device: torch.device, world:
         build_sampler(config)  # raises now if its choices do not fit together, not at the first sample grid
         weighting = build_weighting(config)  # lambda(sigma)
         chain_loss = build_chain_loss(config)  # None, except for Improved DDPM
-        learner = Learner(config, device)
+        learner = Learner(config, device, world)
         net = world.wrap(learner.net)  # the denoiser D(x; sigma) (Eq. 7); its gradients are averaged over the ranks
         ema = learner.ema  # the moving average of its weights, which all samples come from
         noise_distribution = learner.noise_distribution  # where sigma is drawn from

@@ -8,6 +8,7 @@ The machine's own speed is that of a large matrix product and of a large convolu
 in every repeat, because machines change their pace. Times and speeds are medians over the repeats.
 """
 
+import gc
 import json
 import math
 import sys
@@ -26,7 +27,7 @@ from edm.blocks import Block
 from edm.loss import squared_error
 from lab.build import build_network, build_weighting
 from lab.checkpoint import write_atomically
-from lab.cli import Parser, run_script, whole_number
+from lab.cli import Parser, UserError, run_script, whole_number
 from lab.config import Config, load
 from lab.data import to_model_range
 from lab.device import autocast, autocast_dtype, explain_device_errors, pick_device, wait_for
@@ -34,6 +35,7 @@ from lab.generate import generate
 from lab.learner import Learner
 
 COLUMNS = ("ms", "images_per_s", "gflop_per_s", "percent_of_matmul", "percent_of_conv", "peak_mb")  # of the printed table
+FIXED = ["training.accumulation=1", "preconditioning.sigma_data=0.5"]  # "auto" would have to see the training images
 
 
 def forward_flop(config: Config) -> int:
@@ -66,6 +68,8 @@ def training_step(config: Config, device: torch.device) -> Callable:
     images = torch.randint(256, (batch_size, config.data.channels, size, size), dtype=torch.uint8, device=device)
     labels = one_hot(torch.arange(batch_size, device=device) % label_dim, label_dim) if label_dim else None
     learner, weighting, generator = Learner(config, device), build_weighting(config), torch.Generator(device)
+    if learner.is_compiled != config.training.compile:
+        raise UserError("the compiled network computes something else")
 
     def step() -> None:
         y = to_model_range(images).contiguous(memory_format=torch.channels_last)
@@ -98,9 +102,8 @@ def make_references(device: torch.device, precision: torch.dtype) -> dict[str, t
     return {"matmul": (2 * size**3, lambda: a @ b), "conv": (2 * x.numel() * 256 * 9, lambda: conv2d(x, weight, padding=1))}
 
 
-def seconds(action: Callable, device: torch.device) -> float:
-    """Return the time of one call; on CUDA, the mean of ten calls in a row, so that the GPU does not wait for Python."""
-    calls = 10 if device.type == "cuda" else 1
+def seconds(action: Callable, device: torch.device, calls: int = 1) -> float:
+    """Return the mean time of calls in a row. With enough of them, a GPU does not wait for Python."""
     wait_for(device)
     began = time.perf_counter()
     for _ in range(calls):
@@ -110,10 +113,14 @@ def seconds(action: Callable, device: torch.device) -> float:
 
 
 def measure(action: Callable, flop: int, device: torch.device, precision: torch.dtype, repeats: int) -> dict[str, float]:
-    """Return the time, speed and peak memory of an action that takes `flop` floating-point operations."""
+    """Return the time, speed and peak memory of an action that takes `flop` floating-point operations.
+
+    Each of the `repeats` timings is one call, or on a GPU as many calls in a row as take half a second.
+    """
+    first_call = seconds(action, device)  # compiles the network, if it is to be compiled
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    action()  # compiles the network, if it is to be compiled
+    once = {"action": seconds(action, device)}
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)  # of all tensors
     else:
@@ -122,15 +129,47 @@ def measure(action: Callable, flop: int, device: torch.device, precision: torch.
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process so far, in kB; on macOS in bytes
         memory *= 1 if sys.platform == "darwin" else 1024
     actions = {**make_references(device, precision), "action": (flop, action)}
+    for name in ("matmul", "conv"):
+        actions[name][1]()  # the first call takes longer than the others
+        once[name] = seconds(actions[name][1], device)
+    calls = {name: 1 if device.type == "cpu" else math.ceil(0.5 / time) for name, time in once.items()}
     times = {name: [] for name in actions}
-    for _ in range(1 + repeats):  # the first time is left out, as it is often longer than the others
+    for _ in range(repeats):
         for name, (_, call) in actions.items():
-            times[name].append(seconds(call, device))
-    speeds = {name: flop / median(times[name][1:]) / 1e9 for name, (flop, _) in actions.items()}
-    row = {"ms": 1000 * median(times["action"][1:]), "gflop_per_s": speeds["action"], "peak_mb": memory / 1e6}
+            times[name].append(seconds(call, device, calls[name]))
+    speeds = {name: flop / median(times[name]) / 1e9 for name, (flop, _) in actions.items()}
+    row = {"ms": 1000 * median(times["action"]), "gflop_per_s": speeds["action"], "peak_mb": memory / 1e6}
     for name in ("matmul", "conv"):
         row |= {f"{name}_gflop_per_s": speeds[name], f"percent_of_{name}": 100 * speeds["action"] / speeds[name]}
-    return row
+    return row | {"first_call_s": first_call}
+
+
+def benchmark(what: str, config: Config, flop: int, device: torch.device, repeats: int) -> dict:
+    """Return the figures of "training", a step of it, or of "sampling" one batch.
+
+    Args:
+        flop: the floating-point operations of the network for one image.
+    """
+    clear(device)
+    size, sampler = config.training.batch_size, config.sampler
+    if what == "training":
+        action, passes = training_step(config, device), 3
+    else:
+        action = sampling_run(config, device)
+        passes = 2 * sampler.sampling_steps - 1 if sampler.solver == "heun" else sampler.sampling_steps
+        passes *= 1 if sampler.guidance == 1 else 2  # with and without the class
+    precision = autocast_dtype(config.training.mixed_precision, device)
+    row = measure(action, passes * size * flop, device, precision, repeats)
+    return {"what": what, "batch_size": size, "images_per_s": 1000 * size / row["ms"], **row}
+
+
+def clear(device: torch.device) -> None:
+    """Free the memory of earlier measurements, and what torch.compile knows: after eight networks it would compile no more."""
+    gc.collect()
+    torch.compiler.reset()
+    torch.compiler.set_stance("default")
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
@@ -143,13 +182,11 @@ def main() -> None:
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that this machine has)")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     args = parser.parse_intermixed_args()
-    overrides = ["training.accumulation=1", "preconditioning.sigma_data=0.5", f"training.compile={args.compile}"]
+    overrides = [*FIXED, f"training.compile={args.compile}"]
     config, device = load(args.config_path, [*args.overrides, *overrides]), pick_device(args.device)
     sizes = args.batch_sizes.split(",") if args.batch_sizes else [config.training.batch_size]
     cases = [load(args.config_path, [*args.overrides, *overrides, f"training.batch_size={size}"]) for size in sizes]
-    precision, flop, sampler = autocast_dtype(config.training.mixed_precision, device), forward_flop(config), config.sampler
-    evaluations = 2 * sampler.sampling_steps - 1 if sampler.solver == "heun" else sampler.sampling_steps
-    evaluations *= 1 if sampler.guidance == 1 else 2  # with and without the class
+    precision, flop = autocast_dtype(config.training.mixed_precision, device), forward_flop(config)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} with {torch.get_num_threads()} threads"
     report = {"config": " ".join([args.config_path, *args.overrides]), "device": name, "torch": torch.__version__}
     report |= {"precision": str(precision), "forward_gflop": flop / 1e9, "rows": []}
@@ -157,10 +194,10 @@ def main() -> None:
     print("what       batch", *(f"{column:>17}" for column in COLUMNS), flush=True)
     for case in cases:
         size = case.training.batch_size
-        for what, build, passes in (("training", training_step, 3), ("sampling", sampling_run, evaluations)):
+        for what in ("training", "sampling"):
             with explain_device_errors(f"leave out --batch_sizes {size}"):
-                row = measure(build(case, device), passes * size * flop, device, precision, args.repeats)
-            report["rows"].append(row := {"what": what, "batch_size": size, "images_per_s": 1000 * size / row["ms"], **row})
+                row = benchmark(what, case, flop, device, args.repeats)
+            report["rows"].append(row)
             print(f"{what:<10} {size:>5}", *(f"{row[column]:>17.1f}" for column in COLUMNS), flush=True)
     if args.json:
         write_atomically(args.json, lambda file: file.write(json.dumps(report, indent=1).encode()))

@@ -34,7 +34,22 @@ def conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
 
 
-def group_norm(channels: int, eps: float) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """Group normalization that returns the dtype and the memory layout of its input.
+
+    PyTorch's would not on a GPU: autocast runs it in float32, and its kernel copies channels-last features to another layout,
+    so that all that follows would move twice the bytes, and the next convolution copy them back. The statistics are float32
+    inside the kernel in either case.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, enabled=False):
+            x = nn.functional.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return x.contiguous(memory_format=torch.channels_last) if is_channels_last else x
+
+
+def group_norm(channels: int, eps: float) -> GroupNorm:
     """Return a group normalization with min(32, channels // 4) groups.
 
     Raises:
@@ -46,7 +61,7 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
             f"a layer of {channels} channels cannot be normalised in {groups} equal groups; "
             "choose model_channels and channel_mult so that all widths and their sums are multiples of 32, or of 4 up to 128"
         )
-    return nn.GroupNorm(groups, channels, eps=eps)
+    return GroupNorm(groups, channels, eps=eps)
 
 
 class SinusoidalEmbedding(nn.Module):

@@ -15,6 +15,7 @@ from edm.schedule import RANGES, ve_steps
 from lab.cli import UserError
 from lab.config import Config
 from lab.data import to_model_range
+from lab.device import autocast, in_parts_that_fit
 from lab.distributed import World
 from lab.seeds import ImageNoise
 
@@ -24,33 +25,43 @@ def per_image(
     num_rows: int,
     images: torch.Tensor,
     labels: torch.Tensor | None,
+    device: torch.device,
     batch_size: int,
-    title: str,
+    precision: torch.dtype,
     world: World,
+    title: str,
 ) -> torch.Tensor | None:
     """Return what a computation yields for each image. The images are divided among the ranks.
 
     Args:
         compute: called with images (b, C, H, W) uint8, labels (b, K) or None, and noise seeded by the images' indices; yields
             `num_rows` tensors (b,).
-        images, labels: (N, C, H, W) uint8, and one-hot (N, K) or None.
+        images, labels: (N, C, H, W) uint8, and one-hot (N, K) or None, on the CPU.
+        device: where the computation runs.
+        batch_size: images at a time, on each rank; half as many, or fewer, if memory runs out.
+        precision: that of the network, from `autocast_dtype`.
         title: of the progress bar.
 
     Returns:
         (num_rows, N) in float64 on the CPU, on rank 0; None on the others.
     """
-    mine, parts = world.shard(len(images)), []
-    dtype = torch.float32 if images.device.type == "mps" else torch.float64  # Apple GPUs have no float64
-    starts = range(mine.start, mine.stop, batch_size)
-    with tqdm(total=len(starts) * num_rows, desc=title, unit="step", leave=False, disable=not world.is_first) as bar:
-        for start in starts:
-            batch = slice(start, min(start + batch_size, mine.stop))
-            noise = ImageNoise(range(batch.start, batch.stop), tuple(images.shape[1:]), images.device, dtype)
-            rows = []
-            for row in compute(images[batch], labels if labels is None else labels[batch], noise):
+    mine, parts = range(len(images))[world.shard(len(images))], []
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple GPUs have no float64
+
+    def compute_batch(places: range) -> torch.Tensor:
+        batch, rows = slice(places.start, places.stop), []
+        noise = ImageNoise(places, tuple(images.shape[1:]), device, dtype)
+        batch_labels = labels if labels is None else labels[batch].to(device)
+        with autocast(device, precision):
+            for row in compute(images[batch].to(device), batch_labels, noise):
                 rows.append(row)
-                bar.update()
-            parts.append(torch.stack(rows).cpu().double())
+                bar.update(len(places))
+        return torch.stack(rows).cpu().double()
+
+    total = len(mine) * num_rows
+    with tqdm(total=total, desc=title, unit="step", leave=False, disable=not world.is_first) as bar:
+        for start in range(0, len(mine), batch_size):
+            parts += in_parts_that_fit(compute_batch, mine[start : start + batch_size])
     gathered = world.gather(parts)
     return torch.cat([part for shard in gathered for part in shard], dim=1) if world.is_first else None
 
@@ -90,7 +101,9 @@ def ode_bits(
     levels: torch.Tensor,
     images: torch.Tensor,
     labels: torch.Tensor | None,
+    device: torch.device,
     batch_size: int,
+    precision: torch.dtype,
     world: World,
 ) -> dict | None:
     """Return the bits per dimension of images under the ODE of the deterministic sampler, and print them.
@@ -100,7 +113,7 @@ def ode_bits(
 
     Args:
         levels: rising noise levels, (steps + 1,), as returned by `ode_levels`, between which Heun's method steps.
-        images, labels: (N, C, H, W) uint8, and one-hot (N, K) or None, on the network's device.
+        images, labels, device, batch_size, precision: as in `per_image`.
 
     Returns:
         "images", "steps", "total", and "standard_error" over images, random points and Hutchinson's estimate. On rank 0; None
@@ -112,7 +125,7 @@ def ode_bits(
         return log_density(denoiser, dequantize(images, uniform), levels, noise, labels)
 
     steps = len(levels) - 1
-    rows = per_image(compute, steps, images, labels, batch_size, "likelihood by the ODE", world)
+    rows = per_image(compute, steps, images, labels, device, batch_size, precision, world, "likelihood by the ODE")
     if rows is None:
         return None
     total, error = mean_and_error(bits_per_dimension(rows[-1], images[0].numel()))
@@ -127,7 +140,9 @@ def bound_bits(
     chain: Chain,
     images: torch.Tensor,
     labels: torch.Tensor | None,
+    device: torch.device,
     batch_size: int,
+    precision: torch.dtype,
     world: World,
 ) -> dict | None:
     """Return the variational bound of a chain on the bits per dimension of images, and print it by its terms.
@@ -135,7 +150,7 @@ def bound_bits(
     A conditional network is given the classes; there is no guidance, and clipping only if the config's samples are clipped.
 
     Args:
-        images, labels: (N, C, H, W) uint8, and one-hot (N, K) or None, on the network's device.
+        images, labels, device, batch_size, precision: as in `per_image`.
 
     Returns:
         "images", "timesteps", "variance", "prior", "terms" from the reconstruction on, "total", their sum, and
@@ -149,7 +164,7 @@ def bound_bits(
         yield chain.like(y).prior_term(y)
         yield from variational_bound(D, y, chain, noise, variance, labels)
 
-    rows = per_image(compute, len(chain) + 1, images, labels, batch_size, "variational bound", world)
+    rows = per_image(compute, len(chain) + 1, images, labels, device, batch_size, precision, world, "variational bound")
     if rows is None:
         return None
     total, error = mean_and_error(rows.sum(dim=0))

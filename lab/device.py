@@ -2,33 +2,62 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 
 from lab.cli import UserError
 
+T = TypeVar("T")
+
 
 def pick_device(name: str | None = None) -> torch.device:
     """Return the named device, or by default the best one of this machine: CUDA, else Apple's MPS, else the CPU.
 
+    A numbered GPU becomes the current one. From now on float32 is float32 in every part of PyTorch: with TF32, cuDNN's default
+    for convolutions, an image would depend on the batch that it is made in.
+
     Raises:
-        UserError: this machine has no such device.
+        UserError: this machine has no such device, or the installed PyTorch was not built for this GPU.
     """
+    torch.backends.cudnn.allow_tf32 = False
     available = ["cpu"]
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
     if torch.cuda.is_available():
         available[:0] = ["cuda"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if name is None:
-        return torch.device(available[0])
+    name = available[0] if name is None else name
     if name not in available:
         raise UserError(f"--device: {name!r} is not on this machine; allowed: {', '.join(available)}")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda":
+        check_kernels(device)
+        if device.index is not None:
+            torch.cuda.set_device(device)  # for what names no device: events, pinned memory, random numbers
+    return device
+
+
+def check_kernels(device: torch.device) -> None:
+    """Raise a `UserError` if the installed PyTorch has no kernels for a GPU.
+
+    Kernels for compute capability 8.0 also run on 8.6, but not on 9.0. What is called compute_80 is compiled by the driver, on
+    any GPU from 8.0 on.
+    """
+    capability, built_for = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+    kernels = [re.fullmatch(r"(sm|compute)_(\d+)(\d)", name) for name in built_for]
+    for kind, major, minor in (match.groups() for match in kernels if match):
+        if (int(major), int(minor)) <= capability and (kind == "compute" or int(major) == capability[0]):
+            return
+    if any(kernels):  # AMD's GPUs have other names, and none are listed if CUDA is not initialized
+        raise UserError(
+            f"--device: this PyTorch has no kernels for the {torch.cuda.get_device_name(device)} (compute capability "
+            f"{capability[0]}.{capability[1]}), but for {', '.join(built_for)}; install a release that has, or use --device cpu"
+        )
 
 
 def autocast_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
-    """Return the precision of the network's matrix products. float32 means no mixed precision, and turns TF32 off.
+    """Return the precision of the network's matrix products; float32 means no mixed precision.
 
     Args:
         mixed_precision: "no", "fp16", "bf16", or "auto": bf16 on GPUs of compute capability 8.0 or higher, fp16 from 7.0 on,
@@ -41,8 +70,6 @@ def autocast_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
     if mixed_precision == "auto" and device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         mixed_precision = "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "no"
-    if mixed_precision == "no":  # with TF32, the default of cuDNN, an image would depend on the batch that it is made in
-        torch.backends.cudnn.allow_tf32 = False
     if mixed_precision == "fp16" and device.type == "mps":
         raise UserError("mixed_precision: fp16 is not supported on Apple GPUs; allowed: auto, no, bf16")
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
@@ -63,6 +90,29 @@ def wait_for(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that memory has run out: PyTorch's own, that of a library below it, or Python's."""
+    words = r"out of memory|not enough memory|can't allocate memory|STATUS_ALLOC_FAILED|unable to find an engine"
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and re.search(words, str(error), re.IGNORECASE) is not None
+    )
+
+
+def in_parts_that_fit(compute: Callable[[Sequence], T], items: Sequence) -> list[T]:
+    """Return [compute(items)], or the results for smaller parts in their order: halves, as long as memory runs out.
+
+    Args:
+        items: at least one; a list, a range or a tensor.
+    """
+    try:
+        return [compute(items)]
+    except (MemoryError, RuntimeError) as error:
+        if len(items) == 1 or not is_out_of_memory(error):
+            raise
+    middle = len(items) // 2  # outside the except block, which keeps the failed attempt's tensors alive
+    return [*in_parts_that_fit(compute, items[:middle]), *in_parts_that_fit(compute, items[middle:])]
+
+
 @contextlib.contextmanager
 def explain_device_errors(advice: str) -> Iterator[None]:
     """Turn running out of memory in the block, on a GPU or the CPU, and a failed torch.compile into a `UserError`.
@@ -76,7 +126,6 @@ def explain_device_errors(advice: str) -> Iterator[None]:
         reason = str(error).partition("\n")[0]
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise UserError(f"torch.compile failed, so leave out training.compile or --compile ({reason:.200})") from None
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not known and not re.search(r"out of memory|not enough memory|can't allocate memory", str(error)):
+        if not is_out_of_memory(error):
             raise
         raise UserError(f"out of memory: {advice}{f' ({reason:.200})' * bool(reason)}") from None

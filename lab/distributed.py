@@ -47,7 +47,7 @@ class World:
 
     def wrap(self, net: torch.nn.Module) -> torch.nn.Module:
         """Return the network as a module whose backward pass averages the gradients over all ranks."""
-        return net if self.size == 1 else torch.nn.parallel.DistributedDataParallel(net)
+        return net if self.size == 1 else torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
 
     def no_sync(self, net: torch.nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """Return the context for one part of a batch: only the backward pass of the last part averages the gradients."""
@@ -69,6 +69,14 @@ class World:
             dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=self.control)
             number = int(maximum)
         return number
+
+    def lowest_precision(self, precision: torch.dtype) -> torch.dtype:
+        """Return the lowest of the ranks' precisions by what their GPUs can do: float32 before fp16 before bf16.
+
+        A T4 and an A100 that train together both use fp16.
+        """
+        order = [torch.bfloat16, torch.float16, torch.float32]
+        return order[self.all_reduce_max(order.index(precision))]
 
     def broadcast(self, compute: Callable[[], object]):
         """Call `compute` on rank 0 and return its result on all ranks. A `UserError` ends all ranks; only rank 0 reports it."""
@@ -160,7 +168,7 @@ def distributed(device_name: str | None) -> Iterator[tuple[torch.device, World]]
 
 
 def own_gpu(device_name: str | None, local_rank: int, local_size: int) -> torch.device:
-    """Return the GPU of this process alone, and make it the current one.
+    """Return the GPU of this process alone, which becomes the current one.
 
     Raises:
         UserError: `device_name` is one GPU for all, or there are fewer GPUs than processes.
@@ -170,6 +178,4 @@ def own_gpu(device_name: str | None, local_rank: int, local_size: int) -> torch.
         raise UserError(f"--device: every process needs its own GPU, so not all can use {device_name!r}; allowed: cuda, cpu")
     if local_size > count:
         raise UserError(f"torchrun: {local_size} processes are more than this machine's {count} GPUs; lower --nproc_per_node")
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
+    return pick_device(f"cuda:{local_rank}")

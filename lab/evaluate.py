@@ -41,12 +41,14 @@ CHURN = [0, 1, 2, 4, 7]  # with Heun's method in 18 steps, where gamma reaches i
 def main() -> None:
     args = parse_arguments()
     num_samples, batch_size = args.num_samples, args.batch_size
-    with distributed(args.device) as (device, world), explain_device_errors(f"lower --batch_size (now {batch_size})"):
+    advice = f"lower --batch_size (now {batch_size}), or choose fp16 or bf16 for --mixed_precision"
+    with distributed(args.device) as (device, world), explain_device_errors(advice):
         # First all that can fail because of the arguments; only one rank reports an error.
         first = world.rank_zero_first
+        precision = world.lowest_precision(first(lambda: autocast_dtype(args.mixed_precision, device)))
         config, denoiser, step = first(lambda: load_denoiser(args.checkpoint, args.config_path, args.overrides, device))
         first(lambda: build_sampler(config))
-        train, held_out = first(lambda: real_images(config, device))
+        train, held_out = first(lambda: real_images(config))
         real = held_out if args.against == "test" else train
         images, labels = first(lambda: first_images(real, args.num_images, config.network.label_dim))
         if len(images):
@@ -55,22 +57,26 @@ def main() -> None:
 
         against = reference_name(config, args.against)
         results = {"checkpoint": str(args.checkpoint), "step": step, "against": against}
+        results["network_precision"] = str(precision).removeprefix("torch.")  # "precision" is another figure
         if num_samples:
             options = (args.output_dir / "classifier", args.against, args.features)
-            comparison = on_first_rank(world, lambda: Comparison(config, train, held_out, *options))
+            comparison = on_first_rank(world, lambda: Comparison(config, train, held_out, device, *options))
             if num_samples < FEW_SAMPLES:
                 print(f"warning: distances of {num_samples} samples differ by chance; compare {FEW_SAMPLES} or more")
         if args.sweep:
             picture = args.output_dir / "image" / config.data.dataset / "evaluate" / config.name / "sweep.png"
-            results["sweep"] = sweep(denoiser, config, comparison, num_samples, device, batch_size, world, picture)
+            results["sweep"] = sweep(denoiser, config, comparison, num_samples, device, batch_size, precision, world, picture)
         elif num_samples:
-            samples = draw_samples(denoiser, config, num_samples, device, batch_size, world)
+            samples = draw_samples(denoiser, config, num_samples, device, batch_size, precision, world)
             if comparison:
                 results |= compare(comparison, samples, config.network.label_dim, against)
         if len(images):
-            bits = results["bits_per_dimension"] = {"ode": ode_bits(denoiser, levels, images, labels, batch_size, world)}
+            if precision == torch.bfloat16:  # too coarse for the divergence of the ODE
+                precision = torch.float32
+            where = (images, labels, device, batch_size, precision, world)
+            bits = results["bits_per_dimension"] = {"ode": ode_bits(denoiser, levels, *where)}
             if chain:
-                bits["bound"] = bound_bits(denoiser, config, chain, images, labels, batch_size, world)
+                bits["bound"] = bound_bits(denoiser, config, chain, *where)
         if args.json and world.is_first:
             write_atomically(args.json, lambda file: file.write(json.dumps(results, indent=1).encode()))
 
@@ -177,11 +183,11 @@ def draw_samples(
     count: int,
     device: torch.device,
     batch_size: int,
+    precision: torch.dtype,
     world: World,
     title: str = "sampling",
 ) -> torch.Tensor | None:
     """Return the samples of seeds 0, 1, 2, ..., (count, C, H, W) uint8, on rank 0, and None on the others."""
-    precision = autocast_dtype("no", device)
     batches = generate(denoiser, list(range(count)), config, device, batch_size, precision, world=world, title=title)
     images = [batch[-1] for batch in batches]
     return torch.cat(images) if images else None
@@ -222,6 +228,7 @@ def sweep(
     count: int,
     device: torch.device,
     batch_size: int,
+    precision: torch.dtype,
     world: World,
     picture: Path,
 ) -> dict | None:
@@ -244,7 +251,7 @@ def sweep(
         varied, rows = with_overrides(config, overrides, "the sweep"), []
         title = f"{varied.sampler.solver}, {varied.sampler.sampling_steps} steps"
         with denoiser.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0]))):
-            images = draw_samples(denoiser, varied, count, device, batch_size, world, title)
+            images = draw_samples(denoiser, varied, count, device, batch_size, precision, world, title)
         evaluations = sum(world.gather(sum(rows))) / count
         return evaluations, comparison.frechet_distance(images) if comparison else None
 
@@ -270,7 +277,7 @@ def sweep(
     ]
     if not comparison:
         return None
-    floor = comparison.frechet_distance(comparison.others.images[:count])
+    floor = comparison.frechet_distance(comparison.real_samples(count).images)
     print(f"{'as many real images':<30} {'':5}              {floor:8.1f}")
     save_sweep(picture, curves, churn, floor, f"Frechet distance of {count:,} samples")
     print(f"the picture is {picture}")

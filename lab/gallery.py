@@ -12,7 +12,7 @@ from lab.build import build_sampler, with_guidance_and_clipping
 from lab.cli import Parser, UserError, run_script, seed_list
 from lab.config import Config, with_overrides
 from lab.data import HAVE_TEST_SETS, as_tensors, open_dataset, to_model_range, to_uint8
-from lab.device import autocast_dtype, explain_device_errors, pick_device
+from lab.device import autocast, autocast_dtype, explain_device_errors, pick_device
 from lab.generate import add_checkpoint_arguments, class_labels, generate, load_denoiser
 from lab.seeds import ImageNoise
 
@@ -35,19 +35,25 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     overrides = [*args.overrides, *([f"data.root={args.data_root}"] if args.data_root else [])]
     device = pick_device(args.device)
-    with explain_device_errors("ask for fewer --seeds"):
+    precision = autocast_dtype(args.mixed_precision, device)
+    with explain_device_errors("ask for fewer --seeds, or choose fp16 or bf16 for --mixed_precision"):
         config, denoiser, _ = load_denoiser(args.checkpoint, args.config_path, overrides, device)
         folder = args.output_dir or Path("output/image") / config.data.dataset / "gallery" / config.name
         path = folder / f"{args.picture}.png"
         pictures.check_writable(path)
         draw, num_seeds, _ = PICTURES[args.picture]
-        draw(path, denoiser, config, device, args.seeds or list(range(num_seeds)))
+        draw(path, denoiser, config, device, precision, args.seeds or list(range(num_seeds)))
     print(f"the picture is {path}")
 
 
 @torch.no_grad()
 def reverse_process(
-    denoiser: PreconditionedDenoiser, config: Config, device: torch.device, seeds: list[int], title: str
+    denoiser: PreconditionedDenoiser,
+    config: Config,
+    device: torch.device,
+    precision: torch.dtype,
+    seeds: list[int],
+    title: str,
 ) -> list[State]:
     """Return the states after each step of the sampler, (B, C, H, W) on the CPU, the last of which holds the samples.
 
@@ -59,9 +65,10 @@ def reverse_process(
     labels = labels if labels is None else labels.to(device)
     D, found = with_guidance_and_clipping(denoiser, config), []
     states = build_sampler(config)(denoiser, noise(), labels, noise)
-    for state in tqdm(states, desc=title, total=config.sampler.sampling_steps, unit="step", leave=False):
-        denoised = D(state.x, state.sigma, labels).to(state.x.dtype) if state.sigma > 0 else state.x
-        found.append(State(state.x.cpu(), state.sigma, denoised.cpu()))
+    with autocast(device, precision):
+        for state in tqdm(states, desc=title, total=config.sampler.sampling_steps, unit="step", leave=False):
+            denoised = D(state.x, state.sigma, labels).to(state.x.dtype) if state.sigma > 0 else state.x
+            found.append(State(state.x.cpu(), state.sigma, denoised.cpu()))
     return found
 
 
@@ -69,21 +76,21 @@ def samples(
     denoiser: PreconditionedDenoiser,
     config: Config,
     device: torch.device,
+    precision: torch.dtype,
     seeds: list[int],
     class_index: int | None = None,
     title: str | None = None,
 ) -> torch.Tensor:
     """Return samples (B, C, H, W) uint8 on the CPU, with a progress bar if it has a title."""
-    precision = autocast_dtype("no", device)
-    batches = generate(
-        denoiser, seeds, config, device, batch_size=64, precision=precision, class_index=class_index, title=title
-    )
+    batches = generate(denoiser, seeds, config, device, 64, precision, class_index, title=title)
     return torch.cat([batch[-1] for batch in batches])
 
 
-def filmstrip(path: Path, denoiser: PreconditionedDenoiser, config: Config, device: torch.device, seeds: list[int]) -> None:
+def filmstrip(
+    path: Path, denoiser: PreconditionedDenoiser, config: Config, device: torch.device, precision: torch.dtype, seeds: list[int]
+) -> None:
     """Draw noisy images on their way to samples, and the denoised images below them."""
-    states = reverse_process(denoiser, config, device, seeds, "filmstrip")
+    states = reverse_process(denoiser, config, device, precision, seeds, "filmstrip")
     shown = [states[round(place)] for place in torch.linspace(0, len(states) - 1, min(NUM_FRAMES, len(states))).tolist()]
     sigma_data = config.preconditioning.sigma_data
     scales = [sigma_data / (state.sigma**2 + sigma_data**2) ** 0.5 for state in shown]
@@ -94,11 +101,14 @@ def filmstrip(path: Path, denoiser: PreconditionedDenoiser, config: Config, devi
     pictures.save_table(path, rows, names, [f"{state.sigma:.2g}" for state in shown], "noise level")
 
 
-def trajectories(path: Path, denoiser: PreconditionedDenoiser, config: Config, device: torch.device, seeds: list[int]) -> None:
+def trajectories(
+    path: Path, denoiser: PreconditionedDenoiser, config: Config, device: torch.device, precision: torch.dtype, seeds: list[int]
+) -> None:
     """Draw trajectories of eight pixels of an image (their red value in colour images), and of their denoised values."""
     if len(seeds) > 1 or config.sampler.sampling_steps < 2:
         raise UserError("trajectories are drawn for one seed, and take 2 or more sampler.sampling_steps")
-    states, size = reverse_process(denoiser, config, device, seeds, "trajectories"), config.data.resolution
+    states = reverse_process(denoiser, config, device, precision, seeds, "trajectories")
+    size = config.data.resolution
     row, columns = size // 2, torch.linspace(size / 4, 3 * size / 4, NUM_PIXELS).long()
     x = torch.stack([state.x[0, 0, row, columns] for state in states])
     denoised = torch.stack([state.denoised[0, 0, row, columns] for state in states])
@@ -106,51 +116,69 @@ def trajectories(path: Path, denoiser: PreconditionedDenoiser, config: Config, d
     pictures.save_trajectories(path, sigma, x, denoised, image, row, columns.tolist())
 
 
-def neighbours(path: Path, denoiser: PreconditionedDenoiser, config: Config, device: torch.device, seeds: list[int]) -> None:
+def neighbours(
+    path: Path, denoiser: PreconditionedDenoiser, config: Config, device: torch.device, precision: torch.dtype, seeds: list[int]
+) -> None:
     """Plot samples beside their nearest training images, and print the median distance of samples and of test images."""
-    train = as_tensors(open_dataset(config))[0].to(device)
-    test = as_tensors(open_dataset(config, test=True))[0][:1000].to(device) if config.data.dataset in HAVE_TEST_SETS else None
-    made = samples(denoiser, config, device, seeds, title="sampling")
-    distances, places = nearest_images(made.to(device), train, min(NUM_NEIGHBOURS, len(train)))
-    rows = torch.cat([made[:, None], train[places].cpu()], dim=1)
+    train, _ = as_tensors(open_dataset(config))
+    test = as_tensors(open_dataset(config, test=True))[0][:1000] if config.data.dataset in HAVE_TEST_SETS else None
+    made = samples(denoiser, config, device, precision, seeds, title="sampling")
+    distances, places = nearest_images(made, train, min(NUM_NEIGHBOURS, len(train)), device)
+    rows = torch.cat([made[:, None], train[places]], dim=1)
     names = [f"{distance:.3f}" for distance in distances[:, 0].tolist()]
     columns = ["sample", *["training"] * places.shape[1]]
     pictures.save_table(path, rows, names, columns, "rows: distance to the nearest training image")
     print("Root mean square distance to the nearest training image, median:")
     print(f"  {distances[:, 0].median():.3f} of {len(seeds)} samples")
     if test is not None:
-        distances, _ = nearest_images(test, train, 1)
+        distances, _ = nearest_images(test, train, 1, device)
         print(f"  {distances.median():.3f} of {len(distances):,} test images, which this network has not been trained on")
 
 
-def nearest_images(images: torch.Tensor, train: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def nearest_images(
+    images: torch.Tensor, train: torch.Tensor, k: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the distances of images to their k nearest training images, rising, and those images' indices.
 
     Args:
-        images, train: (N, C, H, W) and (M, C, H, W) uint8.
+        images, train: (N, C, H, W) and (M, C, H, W) uint8, on the CPU.
+        k: at most M.
+        device: where the distances are computed, of parts of the images.
 
     Returns:
         Root mean square differences of the pixels in [-1, 1], and indices, (N, k) each.
     """
-    images, train = (to_model_range(part).flatten(1) for part in (images, train))
-    places = torch.cat([torch.cdist(part, train).topk(k, largest=False).indices for part in images.split(100)])
-    return (images[:, None] - train[places]).square().mean(dim=2).sqrt(), places  # more exact than those of cdist
+
+    def flat(part: torch.Tensor) -> torch.Tensor:
+        return to_model_range(part.to(device)).flatten(1)
+
+    def nearest(part: torch.Tensor) -> torch.Tensor:
+        distances = torch.cat([torch.cdist(flat(part), flat(others)).cpu() for others in train.split(1000)], dim=1)
+        return distances.topk(k, largest=False).indices
+
+    places = torch.cat([nearest(part) for part in images.split(100)])
+    differences = to_model_range(images)[:, None] - to_model_range(train[places])
+    return differences.square().mean(dim=(2, 3, 4)).sqrt(), places  # more exact than the distances of cdist
 
 
-def classes(path: Path, denoiser: PreconditionedDenoiser, config: Config, device: torch.device, seeds: list[int]) -> None:
+def classes(
+    path: Path, denoiser: PreconditionedDenoiser, config: Config, device: torch.device, precision: torch.dtype, seeds: list[int]
+) -> None:
     """Draw a column of samples for each class, from the same noise in each row."""
     numbers = range(num_classes(config))
     bar = tqdm(numbers, desc="sampling all classes", unit="class", leave=False)
-    images = torch.stack([samples(denoiser, config, device, seeds, class_index=number) for number in bar], dim=1)
+    images = torch.stack([samples(denoiser, config, device, precision, seeds, number) for number in bar], dim=1)
     pictures.save_table(path, images, [f"seed {seed}" for seed in seeds], [str(number) for number in numbers], "class")
 
 
-def guidance(path: Path, denoiser: PreconditionedDenoiser, config: Config, device: torch.device, seeds: list[int]) -> None:
+def guidance(
+    path: Path, denoiser: PreconditionedDenoiser, config: Config, device: torch.device, precision: torch.dtype, seeds: list[int]
+) -> None:
     """Draw a row of samples for each strength of guidance, from the same noise in each column."""
     columns = [str(seed % num_classes(config)) for seed in seeds]
     bar = tqdm(GUIDANCE, desc="sampling with all strengths of guidance", unit="strength", leave=False)
     configs = (with_overrides(config, [f"sampler.guidance={strength}"], "the gallery") for strength in bar)
-    images = torch.stack([samples(denoiser, guided, device, seeds) for guided in configs])
+    images = torch.stack([samples(denoiser, guided, device, precision, seeds) for guided in configs])
     pictures.save_table(path, images, [f"guidance {strength:g}" for strength in GUIDANCE], columns, "class")
 
 

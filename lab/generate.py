@@ -16,7 +16,7 @@ from lab.build import build_network, build_sampler
 from lab.cli import UserError
 from lab.config import Config
 from lab.data import to_uint8
-from lab.device import autocast
+from lab.device import autocast, in_parts_that_fit
 from lab.distributed import World
 from lab.seeds import ImageNoise
 
@@ -26,6 +26,9 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="a diffusion-*.pt file, or a network of the authors")
     parser.add_argument("--config_path", type=Path, help="the YAML config (default: the one that the checkpoint carries)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that this machine has)")
+    parser.add_argument(
+        "--mixed_precision", choices=["no", "auto", "fp16", "bf16"], default="no", help="the network's precision (default: no)"
+    )
 
 
 def load_denoiser(
@@ -107,7 +110,7 @@ def generate(
     Args:
         denoiser: on `device`, in evaluation mode.
         config: says how to sample.
-        batch_size: images at a time, on each rank.
+        batch_size: images at a time, on each rank; half as many, or fewer, if memory runs out.
         precision: that of the network, from `autocast_dtype`.
         class_index: the class of all images; by default all classes in turn.
         num_frames: how many states of each image to return, about evenly spaced in the steps; the last is the sample.
@@ -127,7 +130,7 @@ def generate(
     batches = [seeds[start : start + batch_size] for start in range(0, len(seeds), batch_size)]
     rounds = [batches[start : start + world.size] for start in range(0, len(batches), world.size)]
 
-    def sample_batch(seeds: list[int], bar: tqdm) -> torch.Tensor:
+    def sample_batch(seeds: list[int]) -> torch.Tensor:
         noise = ImageNoise(seeds, shape, device, dtype)
         labels = class_labels(seeds, config.network.label_dim, class_index)
         frames = []
@@ -137,13 +140,15 @@ def generate(
                 if step in shown:
                     scale = sigma_data / (state.sigma**2 + sigma_data**2) ** 0.5
                     frames.append(to_uint8(state.x * scale).cpu())
-                bar.update()
+                bar.update(len(seeds))
         return torch.stack(frames)
 
     hidden = title is None or not world.is_first
-    with tqdm(total=len(rounds) * num_steps, desc=title, unit="step", leave=False, disable=hidden) as bar:
+    total = num_steps * sum(map(len, batches[:: world.size]))  # steps of rank 0's images, however they are divided
+    with tqdm(total=total, desc=title, unit="step", leave=False, disable=hidden) as bar:
         for batches in rounds:
-            frames = sample_batch(batches[world.rank], bar) if world.rank < len(batches) else None
+            mine = batches[world.rank] if world.rank < len(batches) else None
+            frames = torch.cat(in_parts_that_fit(sample_batch, mine), dim=1) if mine else None
             yield from (part for part in world.gather(frames) if part is not None)
 
 

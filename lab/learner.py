@@ -5,12 +5,14 @@ from pathlib import Path
 import torch
 
 from edm.ema import EMA
+from edm.precond import PreconditionedDenoiser
 from lab import checkpoint
 from lab.build import build_network, build_noise_distribution
 from lab.checkpoint import is_plain
 from lab.cli import UserError
 from lab.config import Config
-from lab.device import autocast_dtype
+from lab.device import autocast, autocast_dtype
+from lab.distributed import World
 from lab.seeds import seed_for
 
 
@@ -20,22 +22,25 @@ class Learner:
     Args:
         config: the run; `preconditioning.sigma_data` is a number.
         device: where everything lives.
+        world: the ranks that train together, which agree on one precision; by default there is only this one.
 
     Attributes:
         net: the denoiser in training.
         ema: its averaged weights; `ema.net` is the denoiser that samples are made with.
         noise_distribution: the distribution of the noise levels.
         precision: that of the network's matrix products.
-        scaler: scales fp16 losses, so that small gradients do not vanish; disabled in other precisions.
+        scaler: leaves out the steps whose gradients are not finite. In fp16 it also scales the loss, so that small gradients
+            do not vanish.
     """
 
-    def __init__(self, config: Config, device: torch.device):
+    def __init__(self, config: Config, device: torch.device, world: World | None = None):
         training = config.training
         torch.manual_seed(seed_for(training.seed, "initial weights"))
+        torch.backends.cudnn.benchmark = True  # a GPU tries all algorithms once, as the shapes are the same in every step
         # Channels last is the layout in which convolutions are fastest.
         self.net = build_network(config).to(device, memory_format=torch.channels_last).train()
         self.config = config
-        self.precision = autocast_dtype(training.mixed_precision, device)
+        self.precision = (world or World()).lowest_precision(autocast_dtype(training.mixed_precision, device))
         self.ema = EMA(self.net, config.ema.halflife_images, config.ema.rampup_ratio)
         self.optimizer = torch.optim.Adam(
             self.net.parameters(),
@@ -44,25 +49,23 @@ class Learner:
             eps=training.adam_eps,
             fused=device.type != "mps",
         )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        self.scales = self.precision == torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, 2.0**16 if self.scales else 1.0, enabled=device.type != "mps")
         self.noise_distribution = build_noise_distribution(config)
         if isinstance(self.noise_distribution, torch.nn.Module):
             self.noise_distribution.to(device)
-        if training.compile:
-            self.net.model.compile(dynamic=False)
+        self.is_compiled = training.compile and compile_network(self.net, config, device, self.precision)
 
     def optimizer_step(self, images_seen: int) -> None:
-        """Update the weights by Adam from the gradients in `net`, then clear the gradients.
+        """Update the weights by Adam from the gradients in `net`, clipped to `max_grad_norm`; then clear the gradients.
 
-        Gradients that are not finite are replaced first (nan by 0, infinity by 1e5); then all are clipped to `max_grad_norm`.
+        If any gradient is not finite, the weights stay as they are. (On Apple's GPUs this is not checked.)
 
         Args:
             images_seen: images of the whole run so far, this step's included. The learning rate rises with them at first.
         """
         training, parameters = self.config.training, list(self.net.parameters())
-        self.scaler.unscale_(self.optimizer)  # notes overflows, so it comes before they are replaced
-        for parameter in parameters:
-            torch.nan_to_num(parameter.grad, nan=0, posinf=1e5, neginf=-1e5, out=parameter.grad)
+        self.scaler.unscale_(self.optimizer)  # and notes on the device whether all gradients are finite
         if training.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
         learning_rate = training.learning_rate * min(images_seen / max(training.lr_rampup_images, 1), 1)
@@ -71,7 +74,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.scaler.update(None if self.scales else 1.0)
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict:
@@ -80,7 +83,7 @@ class Learner:
             "net": self.net.state_dict(),
             "ema": self.ema.net.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],  # its settings are the config's
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scales else {},
             "noise_distribution": self.noise_distribution.state_dict(),
         }
 
@@ -110,7 +113,7 @@ class Learner:
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
             if not all(isinstance(value, int | float) for value in state["scaler"].values()):
                 raise ValueError
-            if state["scaler"]:  # empty unless the run was in fp16
+            if state["scaler"] and self.scales:  # it is empty unless the run was in fp16
                 self.scaler.load_state_dict(state["scaler"])
             learned, own = state.get("noise_distribution", {}), self.noise_distribution.state_dict()
             if own and learned:  # otherwise the distribution has changed, and starts without a history
@@ -119,6 +122,47 @@ class Learner:
                 self.noise_distribution.load_state_dict(learned)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             raise UserError(f"the state of the optimizer in {path} is damaged, or belongs to another network") from None
+
+
+def compile_network(net: PreconditionedDenoiser, config: Config, device: torch.device, precision: torch.dtype) -> bool:
+    """Compile the network with torch.compile, unless that changes what it computes. Returns whether it is compiled.
+
+    Compared are D and its gradients by the weights, without dropout, relative to their norms. The weights are random meanwhile,
+    because the initial ones make D almost independent of most layers.
+    """
+    batch_size, size = config.training.batch_size // config.training.accumulation, config.data.resolution
+    generator, network, weights = torch.Generator().manual_seed(0), config.network, list(net.parameters())
+    x = torch.randn(batch_size, config.data.channels, size, size, generator=generator)
+    x = x.to(device, memory_format=torch.channels_last)
+    sigma = torch.linspace(0.1, 10, batch_size, device=device)
+    labels = torch.zeros(batch_size, network.label_dim, device=device) if network.label_dim else None
+    augment_labels = torch.zeros(batch_size, network.augment_dim, device=device) if network.augment_dim else None
+
+    def compute() -> tuple[torch.Tensor, torch.Tensor]:
+        with autocast(device, precision):
+            D = net(x, sigma, labels, augment_labels)
+        gradients = torch.autograd.grad(D.square().sum(), weights)
+        return D.detach(), torch.cat([gradient.flatten() for gradient in gradients])
+
+    initial = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        for weight in weights:
+            weight.copy_(torch.randn(weight.shape, generator=generator) / weight[0].numel() ** 0.5)
+    net.eval()
+    eager = compute()
+    net.model.compile(dynamic=False)
+    differences = [((one - other).norm() / other.norm()).item() for one, other in zip(compute(), eager)]
+    net.train()
+    with torch.no_grad():
+        for weight, value in zip(weights, initial):
+            weight.copy_(value)
+    limit = {torch.float32: 1e-3, torch.float16: 0.06, torch.bfloat16: 0.24}[precision]  # twice what `autocast` says
+    is_same = max(differences) < limit
+    if not is_same:
+        torch.compiler.set_stance("force_eager")
+        D, gradients = differences
+        print(f"torch.compile is left out: it changes D by {D:.1%} and its gradients by {gradients:.1%} of their size")
+    return is_same
 
 
 def like_parameter(moments: dict, parameter: torch.Tensor) -> dict:

@@ -13,6 +13,7 @@ from lab import checkpoint
 from lab.cli import UserError
 from lab.config import Config
 from lab.data import HAVE_TEST_SETS, as_tensors, open_dataset
+from lab.device import in_parts_that_fit
 from lab.pictures import check_writable
 from lab.seeds import generator_for, seed_for
 
@@ -22,7 +23,7 @@ MIN_IMAGES = NUM_NEIGHBOURS + 1
 
 
 class LabelledImages(NamedTuple):
-    """Images and their classes."""
+    """Images and their classes, on the CPU."""
 
     images: torch.Tensor  # (N, C, H, W) uint8
     labels: torch.Tensor  # (N,)
@@ -51,17 +52,19 @@ class Classifier(nn.Module):
         return self.features(images.float() / 127.5 - 1)
 
 
-def train_classifier(train: LabelledImages, num_classes: int, epochs: int = 3, batch_size: int = 128) -> Classifier:
-    """Return a classifier trained with Adam for some epochs, on the device of the images."""
+def train_classifier(
+    train: LabelledImages, num_classes: int, device: torch.device, epochs: int = 3, batch_size: int = 128
+) -> Classifier:
+    """Return a classifier trained with Adam for some epochs, on the device."""
     images, labels = train
     torch.manual_seed(seed_for("classifier"))
-    net = Classifier(images.shape[1], num_classes).to(images.device)
+    net = Classifier(images.shape[1], num_classes).to(device)
     steps = max(epochs * len(images) // batch_size, MIN_STEPS)
     optimizer = torch.optim.Adam(net.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for step in tqdm(range(steps), desc="training the classifier", unit="step", leave=False):
-        index = torch.randint(len(images), (batch_size,), generator=generator_for("classifier", step)).to(images.device)
-        loss = cross_entropy(net.scores(net(images[index])), labels[index])
+        index = torch.randint(len(images), (batch_size,), generator=generator_for("classifier", step))
+        loss = cross_entropy(net.scores(net(images[index].to(device))), labels[index].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -69,28 +72,31 @@ def train_classifier(train: LabelledImages, num_classes: int, epochs: int = 3, b
     return net.eval().requires_grad_(False)
 
 
-def load_or_train_classifier(config: Config, train: LabelledImages, num_classes: int, folder: Path) -> tuple[Classifier, Path]:
-    """Return a classifier of `train`, and its file in `folder`.
+def load_or_train_classifier(
+    config: Config, train: LabelledImages, num_classes: int, device: torch.device, folder: Path
+) -> tuple[Classifier, Path]:
+    """Return a classifier of `train`, on the device, and its file in `folder`.
 
     The file's name holds a digest of the images and labels; a classifier that was trained on the same ones is loaded.
     """
-    digest = hashlib.blake2b(train.images.cpu().contiguous().numpy(), digest_size=6)
-    digest.update(train.labels.cpu().numpy())
+    digest = hashlib.blake2b(digest_size=6)
+    for part in (*train.images.split(1000), train.labels):
+        digest.update(part.contiguous().numpy())
     name = f"{config.data.dataset}-{digest.hexdigest()}"
     path = folder / f"{name}.pt"
     if path.exists():
-        net = Classifier(config.data.channels, num_classes).to(train.images.device).eval().requires_grad_(False)
+        net = Classifier(config.data.channels, num_classes).to(device).eval().requires_grad_(False)
         checkpoint.load_weights(net, checkpoint.load(path)["ema"], path)
     else:
         check_writable(path)
-        net = train_classifier(train, num_classes)
+        net = train_classifier(train, num_classes, device)
         checkpoint.save(path, {"step": 0, "name": name, "config": config.to_dict(), "ema": net.state_dict()})
     return net, path
 
 
 def predict(net: Classifier, images: torch.Tensor) -> torch.Tensor:
-    """Return the most likely class of each image, (N,)."""
-    return torch.cat([net.scores(net(part)).argmax(dim=1) for part in images.split(500)])
+    """Return the most likely class of each image, (N,), on the CPU."""
+    return net.scores(extract_features(net, images)).argmax(dim=1).cpu()
 
 
 class Inception(nn.Module):
@@ -125,8 +131,11 @@ class Inception(nn.Module):
 
 @torch.no_grad()
 def extract_features(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Return the features (N, F) of images (N, C, H, W) uint8 on the network's device."""
-    return torch.cat([net(part) for part in tqdm(images.split(100), desc="features", leave=False)])
+    """Return the features (N, F) of images (N, C, H, W) uint8, on the network's device; the images are moved there in parts."""
+    device, features = next(net.parameters()).device, []
+    for batch in tqdm(images.split(100), desc="features", leave=False):
+        features += in_parts_that_fit(lambda part: net(part.to(device)), batch)
+    return torch.cat(features)
 
 
 def frechet_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
@@ -168,30 +177,25 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = NUM_NEIGHB
     return share_among(fake, real), share_among(real, fake)
 
 
-def real_images(config: Config, device: torch.device) -> tuple[LabelledImages, LabelledImages]:
-    """Return the training images of the config's data set and the images held out, both on the device.
+def real_images(config: Config) -> tuple[LabelledImages, LabelledImages]:
+    """Return the training images of the config's data set and the images held out.
 
     Of a data set without test images, a random half is held out. (The network may have been trained on it all the same.)
 
     Raises:
         UserError: the data cannot be found, downloaded or read.
     """
-
-    def read(test: bool) -> LabelledImages:
-        return LabelledImages(*(part.to(device) for part in as_tensors(open_dataset(config, test))))
-
-    train = read(test=False)
+    images, labels = as_tensors(open_dataset(config))
     if config.data.dataset in HAVE_TEST_SETS:
-        return train, read(test=True)
-    images, labels = shuffled(train)
-    half = len(images) // 2
-    return LabelledImages(images[half:], labels[half:]), LabelledImages(images[:half], labels[:half])
+        return LabelledImages(images, labels), LabelledImages(*as_tensors(open_dataset(config, test=True)))
+    order, half = random_order(len(images)), len(images) // 2
+    train, held_out = (LabelledImages(images[places], labels[places]) for places in (order[half:], order[:half]))
+    return train, held_out
 
 
-def shuffled(data: LabelledImages) -> LabelledImages:
-    """Return the images and their labels in random order, which is the same in every call."""
-    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0)).to(data.images.device)
-    return LabelledImages(data.images[order], data.labels[order])
+def random_order(count: int) -> torch.Tensor:
+    """Return 0, 1, ..., count - 1 in random order, which is the same in every call."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
 class Comparison:
@@ -200,6 +204,7 @@ class Comparison:
     Args:
         config: of the network that makes the samples.
         train, held_out: as returned by `real_images`.
+        device: where the classifier, or Inception, and the features live.
         folder: of the classifier, which is trained on `train` on first use.
         against: "test" makes the images held out the reference, "train" the training images.
         features: "classifier" or "inception".
@@ -213,6 +218,7 @@ class Comparison:
         config: Config,
         train: LabelledImages,
         held_out: LabelledImages,
+        device: torch.device,
         folder: Path,
         against: str = "test",
         features: str = "classifier",
@@ -226,19 +232,21 @@ class Comparison:
                 f"{dataset} has one class, and a classifier needs two; use --features inception, or --num_samples 0 to skip "
                 "the comparison"
             )
-        inception = Inception().to(train.images.device) if features == "inception" else None
+        inception = Inception().to(device) if features == "inception" else None
         self.classifier = None
         if self.num_classes > 1:
-            self.classifier, path = load_or_train_classifier(config, train, self.num_classes, folder)
+            self.classifier, path = load_or_train_classifier(config, train, self.num_classes, device, folder)
             accuracy = (predict(self.classifier, held_out.images) == held_out.labels).double().mean().item()
             print(f"Classifier {path}: accuracy {accuracy:.2%} on {len(held_out.images):,} images held out")
         self.net = inception or self.classifier
-        self.reference, self.others = map(shuffled, (held_out, train) if against == "test" else (train, held_out))
-        self.reference_features = extract_features(self.net, self.reference.images)
+        self.reference, self.others = (held_out, train) if against == "test" else (train, held_out)
+        # In random order, as files may lie in the order of their classes.
+        order = random_order(len(self.reference.images))
+        self.reference_features = extract_features(self.net, self.reference.images)[order.to(device)]
 
     def frechet_distance(self, images: torch.Tensor) -> float:
         """Return the Frechet distance of images (N, C, H, W) uint8 from the reference."""
-        return frechet_distance(self.reference_features, extract_features(self.net, images.to(self.reference.images.device)))
+        return frechet_distance(self.reference_features, extract_features(self.net, images))
 
     def quality(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> dict:
         """Return Frechet distance, precision and recall of `images`, and what the classifier makes of them.
@@ -253,7 +261,6 @@ class Comparison:
             differences from the shares in the reference; and with labels "right_class", the share of images that show the
             class they were meant to.
         """
-        images = images.to(self.reference.images.device)
         features = extract_features(self.net, images)
         precision, recall = precision_recall(self.reference_features[: len(images)], features)
         figures = {
@@ -271,9 +278,14 @@ class Comparison:
             figures["class_shares"] = shares.tolist()
             figures["class_distance"] = (shares - reference_shares).abs().sum().item() / 2
             if labels is not None:
-                figures["right_class"] = (predicted == labels.to(predicted.device)).double().mean().item()
+                figures["right_class"] = (predicted == labels).double().mean().item()
         return figures
+
+    def real_samples(self, count: int) -> LabelledImages:
+        """Return up to `count` real images outside the reference, in random order."""
+        places = random_order(len(self.others.images))[:count]
+        return LabelledImages(self.others.images[places], self.others.labels[places])
 
     def floor(self, count: int) -> dict:
         """Return the `quality` of up to `count` real images outside the reference, for comparison."""
-        return self.quality(self.others.images[:count], self.others.labels[:count])
+        return self.quality(*self.real_samples(count))

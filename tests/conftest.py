@@ -29,6 +29,7 @@ from edm.sampler import State
 from lab import checkpoint
 from lab.distributed import World
 from lab.learner import Learner
+from tests import pretended_gpu as pretended
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,6 +47,12 @@ def shared(function):
     """Make a function of this file a fixture of its own name, for the tests that take it as an argument."""
     globals()[f"{function.__name__}_fixture"] = pytest.fixture(scope="session", name=function.__name__)(lambda: function)
     return function
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip the tests marked `gpu` where there is no GPU."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA GPU")
 
 
 @pytest.fixture(scope="session")
@@ -222,6 +229,14 @@ def start(tmp_path):
             process.communicate(timeout=30)
         process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def pretended_gpu():
+    """pretended_gpu((7, 5)) -> a context in which there is a CUDA GPU of this compute capability (tests/pretended_gpu.py)."""
+    if not pretended.SUPPORTED:
+        pytest.skip(f"PyTorch {torch.__version__} cannot pretend that there is a GPU")
+    return pretended.pretended_gpu
 
 
 @shared

@@ -16,8 +16,10 @@ from lab import config as configs
 from lab.cli import UserError
 from lab.data import to_uint8
 from lab.distributed import World
+from lab.metrics import Classifier
 from lab.seeds import ImageNoise
 
+CPU = torch.device("cpu")
 IDDPM = ["preconditioning.formulation=improved_ddpm", "loss.noise_distribution=importance", "loss.objective=hybrid"]
 IDDPM += ["loss.weighting=iddpm", "chain.num_timesteps=30", "chain.betas=cosine", "network.architecture=adm"]
 IDDPM += ["sampler.solver=ancestral", "sampler.sampling_steps=5", "sampler.clip=true", "sampler.variance=learned_range"]
@@ -71,6 +73,59 @@ def test_a_checkpoint_is_evaluated(path, run, start, tmp_path):
     totals = [[figures["bits_per_dimension"][part]["total"] for part in ("ode", "bound")] for figures in (one, two)]
     assert totals[1] == pytest.approx(totals[0], rel=1e-5)
     assert all(file.read_bytes() == content for file, content in before)
+
+
+def watch(monkeypatch, cls: type[nn.Module], action) -> None:
+    """Call action(x) before each evaluation of a network of this class."""
+    forward = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda net, x, *args, **options: (action(x), forward(net, x, *args, **options))[1])
+
+
+def test_the_network_runs_in_the_precision_asked_for_and_the_classifier_in_float32(path, run, monkeypatch):
+    seen = {PreconditionedDenoiser: set(), Classifier: set()}
+    for cls, precisions in seen.items():
+        watch(monkeypatch, cls, lambda x, found=precisions: found.add((torch.ones(1, 1) @ torch.ones(1, 1)).dtype))
+    few, found = ("--num_samples", 8, "--num_images", 3, "--ode_steps", 3), {}
+    for name, option in (("float32", "no"), ("float16", "fp16")):
+        _, found[name] = run(path, *few, "--mixed_precision", option)
+        assert found[name]["network_precision"] == name
+        assert [precisions.pop() for precisions in seen.values()] == [getattr(torch, name), torch.float32]
+        assert not any(seen.values())
+    single, half = found.values()
+    assert single["floor"] == half["floor"]
+    for part in ("ode", "bound"):
+        totals = [figures["bits_per_dimension"][part]["total"] for figures in (single, half)]
+        assert totals[1] == pytest.approx(totals[0], rel=0.01)
+        assert totals[1] != totals[0]
+    _, bf16 = run(path, *few, "--mixed_precision", "bf16")
+    assert bf16["bits_per_dimension"] == single["bits_per_dimension"]  # in float32
+
+
+def test_batches_that_do_not_fit_into_memory_are_computed_in_parts(path, run, script, monkeypatch):
+    """With the same figures. The denoiser sees 2 images at most and the classifier 3; then the denoiser does not fit at all."""
+    few = ("--num_samples", 7, "--num_images", 5, "--ode_steps", 3)
+    _, whole = run(path, *few)
+    fits, sizes = {PreconditionedDenoiser: 2, Classifier: 3}, {PreconditionedDenoiser: [], Classifier: []}
+
+    def at_most(cls: type[nn.Module], x: torch.Tensor) -> None:
+        sizes[cls].append(len(x))
+        if len(x) > fits[cls]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for cls in fits:
+        watch(monkeypatch, cls, lambda x, cls=cls: at_most(cls, x))
+    _, parts = run(path, *few)
+    assert {7, 5, 2, 1} <= set(sizes[PreconditionedDenoiser])
+    assert {7, 6, 3} <= set(sizes[Classifier])
+    for part in ("samples", "floor"):
+        for figure in whole[part]:
+            assert parts[part][figure] == pytest.approx(whole[part][figure], rel=0.02, abs=1e-6), figure
+    totals = [[figures["bits_per_dimension"][part]["total"] for part in ("ode", "bound")] for figures in (whole, parts)]
+    assert totals[1] == pytest.approx(totals[0], rel=1e-5)
+    fits[PreconditionedDenoiser] = 0
+    code, _, err = script("lab/evaluate.py", "--checkpoint", path, *few)
+    assert code == 2
+    assert "error: out of memory: lower --batch_size (now 100), or choose fp16 or bf16 for --mixed_precision" in err
 
 
 @pytest.mark.parametrize(("label_dim", "count"), [(2, 500), (3, 499)])
@@ -138,14 +193,14 @@ def mixture(two_peaks):
 def test_the_odes_bits_are_those_of_the_mixture(mixture, monkeypatch):
     """-log2 of its density at the points to which the images are moved, in intervals of a grey level."""
     images, denoiser = mixture
-    uniform, drawn = torch.special.ndtr(ImageNoise(range(40), (1, 4, 4), torch.device("cpu"), torch.float64)()), []
+    uniform, drawn = torch.special.ndtr(ImageNoise(range(40), (1, 4, 4), CPU, torch.float64)()), []
     monkeypatch.setattr(bits, "dequantize", lambda images, uniform: (drawn.append(uniform), dequantize(images, uniform))[1])
     x = dequantize(images, uniform)
     density = sum(torch.exp(-((x - mean) ** 2) / 0.08) for mean in (-0.5, 0.5)) / 2 / math.sqrt(2 * math.pi * 0.04)
     exact = -(density / 127.5).log2().mean(dim=(1, 2, 3))
     levels = ve_steps(257, 0.002, 80)[:-1].flip(0)
     for batch_size, labels in ((7, None), (40, torch.eye(2).repeat(20, 1))):
-        found = bits.ode_bits(denoiser, levels, images, labels, batch_size, World())
+        found = bits.ode_bits(denoiser, levels, images, labels, CPU, batch_size, torch.float32, World())
         assert found["total"] == pytest.approx(exact.mean().item(), abs=2e-3)
         assert found["standard_error"] == pytest.approx(exact.std().item() / math.sqrt(40), rel=1e-2)
         torch.testing.assert_close(torch.cat(drawn), uniform)  # an image's noise depends on its number, not on its batch
@@ -161,7 +216,7 @@ def test_the_bound_is_a_little_above_the_bits_of_the_mixture(mixture):
 
     def bound(D, chain, batch_size=40, **sampler) -> dict:
         config = configs.from_dict({"sampler": sampler}, "x", "x")
-        return bits.bound_bits(D, config, chain, images, None, batch_size, World())
+        return bits.bound_bits(D, config, chain, images, None, CPU, batch_size, torch.float32, World())
 
     long, short = make_chain("cosine", 1000), make_chain("linear", 30)
     found = bound(denoiser, long, variance="fixed_large")

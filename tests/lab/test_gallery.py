@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from edm.precond import PreconditionedDenoiser
 from lab import config as configs
 from lab import gallery, pictures
 from lab.data import as_tensors, from_pil, open_dataset, to_model_range
@@ -67,7 +68,7 @@ def test_what_the_network_makes_of_a_state(trained, options):
     """D(x; sigma) at the state's own x, with guidance and clipping; the last state is the sample."""
     overrides = ["sampler.sampling_steps=5", *(f"sampler.{option}" for option in options)]
     config, denoiser, _ = load_denoiser(trained, None, overrides, CPU)
-    states = gallery.reverse_process(denoiser, config, CPU, [5, 2], "title")
+    states = gallery.reverse_process(denoiser, config, CPU, torch.float32, [5, 2], "title")
     assert len(states) == 5
     for state in states[:-1]:
         with torch.no_grad():
@@ -102,6 +103,15 @@ def test_neighbours_are_the_nearest_training_images(draw, samples, image_folder)
     assert (images.shape[:2], columns) == ((2, 4), ["sample", *["training"] * 3])
 
 
+def test_nearest_images_are_found_in_parts_of_the_training_images():
+    train = torch.randint(0, 256, (1500, 1, 4, 4), generator=torch.Generator().manual_seed(0)).byte()
+    places = torch.tensor([3, 1499, 1000])
+    distances, found = gallery.nearest_images(train[places], train, 2, CPU)
+    assert torch.equal(found[:, 0], places)
+    expected = (to_model_range(train[places])[:, None] - to_model_range(train)).square().mean(dim=(2, 3, 4)).sqrt()
+    torch.testing.assert_close(distances, expected.sort().values[:, :2])
+
+
 def test_test_images_are_compared_with_the_training_images_where_there_are_any(script, root, mnist_folder):
     arguments = ("--seeds", "0-2", "--data_root", mnist_folder, "sampler.sampling_steps=2")
     _, out, _ = script("lab/gallery.py", "neighbours", "--checkpoint", root / "assets" / "edm_small.pt", *arguments)
@@ -126,6 +136,21 @@ def test_a_column_for_each_class_and_a_row_for_each_strength_of_guidance(draw, s
     for row, name in zip(images, rows):
         assert close(row, samples([4, 5, 6], f"sampler.guidance={name.removeprefix('guidance ')}"))
     assert not torch.equal(images[0], images[-1])
+
+
+@pytest.mark.parametrize("picture", gallery.PICTURES)
+def test_every_picture_is_drawn_in_the_precision_asked_for(draw, picture, image_folder, monkeypatch):
+    forward, seen = PreconditionedDenoiser.forward, set()
+
+    def watch(*args, **options) -> torch.Tensor:
+        seen.add((torch.ones(1, 1) @ torch.ones(1, 1)).dtype)
+        return forward(*args, **options)
+
+    monkeypatch.setattr(PreconditionedDenoiser, "forward", watch)
+    for name, precision in (("no", torch.float32), ("bf16", torch.bfloat16)):
+        draw(picture, "--seeds", "0", "--mixed_precision", name, "--data_root", image_folder)
+        assert seen == {precision}
+        seen.clear()
 
 
 def test_what_cannot_be_drawn_is_one_line(trained, train, tiny, script):

@@ -6,7 +6,7 @@ import torch
 from lab import config as configs
 from lab import metrics
 from lab.cli import UserError
-from lab.metrics import Comparison, frechet_distance, precision_recall, predict, real_images
+from lab.metrics import Comparison, extract_features, frechet_distance, precision_recall, predict, real_images
 
 CPU = torch.device("cpu")
 
@@ -48,9 +48,9 @@ def test_images_are_ranked_as_they_should_be(tmp_path):
     no data set holds are far from everything. The classifier learns one half of the digits; the other half is the reference."""
     sections = {"data": {"dataset": "digits", "resolution": 8}, "network": {"channel_mult": [1], "attn_resolutions": []}}
     config = configs.from_dict(sections, "digits", "here")
-    digits = Comparison(config, *real_images(config, CPU), tmp_path)
+    digits = Comparison(config, *real_images(config), CPU, tmp_path)
     count, generator = 600, torch.Generator().manual_seed(0)
-    real, labels = digits.others.images[:count], digits.others.labels[:count]
+    real, labels = digits.real_samples(count)
     floor = digits.floor(count)
     noisy = digits.quality((real + 60 * torch.randn(real.shape, generator=generator)).clamp(0, 255).byte(), labels)
     copied = digits.quality(real[:20].repeat(count // 20, 1, 1, 1), labels[:20].repeat(count // 20))
@@ -76,19 +76,25 @@ def test_which_images_are_compared(tmp_path, monkeypatch, mnist_folder, against)
     learned, learn = [], metrics.train_classifier
     monkeypatch.setattr(metrics, "train_classifier", lambda data, *args: (learned.append(data), learn(data, *args))[1])
     config = configs.load(configs.CONFIGS / "edm.yaml", [f"data.root={mnist_folder}", "data.channels=3"])
-    train, test = real_images(config, CPU)
+    train, test = real_images(config)
     assert [part.images[0].max() for part in (train, test)] == [0, 190]
     test = metrics.LabelledImages(255 - test.images, test.labels)  # so that they differ from the training images
-    comparison = Comparison(config, train, test, tmp_path, against)
-    expected = (test, train) if against == "test" else (train, test)
-    for shown, part in zip((comparison.reference, comparison.others), expected):
-        orders = [images.flatten(1).double().mean(dim=1).argsort() for images in (shown.images, part.images)]
-        assert all(torch.equal(one[orders[0]], other[orders[1]]) for one, other in zip(shown, part))
+    comparison = Comparison(config, train, test, CPU, tmp_path, against)
+    reference, others = (test, train) if against == "test" else (train, test)
+    features = extract_features(comparison.net, reference.images)
+    places = [(features == row).all(dim=1).nonzero()[0].item() for row in comparison.reference_features]
+    assert sorted(places) == list(range(20)) != places
+    shown = comparison.real_samples(20)
+    orders = [images.flatten(1).double().mean(dim=1).argsort() for images in (shown.images, others.images)]
+    assert all(torch.equal(one[orders[0]], other[orders[1]]) for one, other in zip(shown, others))
+    assert not torch.equal(*orders)
     assert comparison.floor(7)["images"] == 7
     assert comparison.floor(70)["images"] == 20
-    Comparison(config, train, test, tmp_path)
+    Comparison(config, train, test, CPU, tmp_path)
     assert len(learned) == 1  # it is read from its file
     assert learned[0] is train
+    Comparison(config, metrics.LabelledImages(255 - train.images, train.labels), test, CPU, tmp_path)
+    assert len(learned) == 2
 
 
 def test_an_image_folder_is_divided(tmp_path, tiny, image_folder, monkeypatch):
@@ -97,7 +103,7 @@ def test_an_image_folder_is_divided(tmp_path, tiny, image_folder, monkeypatch):
 
     def compare() -> Comparison:
         config = configs.load(tiny)
-        return Comparison(config, *real_images(config, CPU), tmp_path / "classifier")
+        return Comparison(config, *real_images(config), CPU, tmp_path / "classifier")
 
     comparison = compare()
     assert (len(comparison.reference.images), len(comparison.others.images)) == (6, 7)
@@ -116,10 +122,10 @@ def test_one_class_needs_inception(tmp_path, tiny, image_folder, monkeypatch):
     for path in image_folder.glob("light/*.png"):
         path.rename(image_folder / "dark" / path.name)
     config = configs.load(tiny)
-    real = real_images(config, CPU)
+    real = real_images(config)
     with pytest.raises(UserError, match="image_folder has one class, and a classifier needs two; use --features inception"):
-        Comparison(config, *real, tmp_path)
+        Comparison(config, *real, CPU, tmp_path)
     monkeypatch.setattr(metrics, "Inception", lambda: metrics.Classifier(3, 2).eval())
-    comparison = Comparison(config, *real, tmp_path, features="inception")
+    comparison = Comparison(config, *real, CPU, tmp_path, features="inception")
     assert comparison.quality(comparison.reference.images).keys() == {"images", "frechet_distance", "precision", "recall"}
     assert list(tmp_path.glob("*.pt")) == []

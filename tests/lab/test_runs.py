@@ -293,6 +293,9 @@ def test_running_out_of_memory_and_a_failed_compilation_are_one_line(train, tiny
         train(tiny)
     with pytest.raises(UserError, match=r"out of memory: less \("), explain_device_errors("less"):
         torch.empty(2**50)
+    for words in ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "GET was unable to find an engine to execute this computation"):
+        with pytest.raises(UserError, match=rf"out of memory: less \({words}\)"), explain_device_errors("less"):
+            raise RuntimeError(words)
     with pytest.raises(UserError, match=r"^torch\.compile failed, .* \(no such op\)$"), explain_device_errors("less"):
         raise torch._dynamo.exc.Unsupported("no such op\nMore.")
     with pytest.raises(RuntimeError, match="shapes"), explain_device_errors("less"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
+from edm.precond import PreconditionedDenoiser
 from lab import checkpoint
 from lab.cli import UserError, run_script, seed_list
 from lab.data import from_pil
@@ -63,6 +64,21 @@ def test_an_image_depends_on_its_seed_alone(grid, trained, batch_size):
     drawn = grid(trained, "--seeds", "3,0-1", "--batch_size", batch_size)
     run_grid = picture(trained.with_name("sample-6.png"))
     assert all(near(tile(drawn, i // 2, i % 2), tile(run_grid, seed // 2, seed % 2)) for i, seed in enumerate((3, 0, 1)))
+
+
+def test_images_that_do_not_fit_into_memory_at_a_time_are_made_in_parts(grid, trained, monkeypatch):
+    """One for each seed, in their order, and about the same as together."""
+    together, forward, sizes = grid(trained, "--seeds", "5,0-3"), PreconditionedDenoiser.forward, []
+
+    def at_most_two(net, x, *args, **options):
+        sizes.append(len(x))
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(net, x, *args, **options)
+
+    monkeypatch.setattr(PreconditionedDenoiser, "forward", at_most_two)
+    assert near(grid(trained, "--seeds", "5,0-3"), together)
+    assert set(sizes) == {5, 3, 2, 1}
 
 
 def test_every_sampler_parameter_can_be_set_and_matters(grid, trained):

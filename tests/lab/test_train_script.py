@@ -21,7 +21,7 @@ def test_a_run_says_what_it_does_and_what_to_do_next(script, tiny):
 
 def test_flags_stand_for_entries_of_the_config(tiny, image_folder, script, monkeypatch):
     seen = []
-    monkeypatch.setattr("lab.learner.Learner.__init__", lambda learner, config, device: seen.append(config) or 1 / 0)
+    monkeypatch.setattr("lab.learner.Learner.__init__", lambda learner, config, device, world: seen.append(config) or 1 / 0)
     image_folder.rename(image_folder.with_name("1e3"))
     flags = ("--num_training_steps", 5, "--batch_size", 2, "--save_and_sample_every_n", 7)
     flags += ("--mixed_precision", "bf16", "--seed", 9, "--data_root", "1e3")
