@@ -36,7 +36,7 @@ def main() -> None:
         if args.compile:
             denoiser.model.compile(dynamic=False)
 
-        precision = world.lowest_precision(autocast_dtype(args.mixed_precision, device))
+        precision = world.common_precision(autocast_dtype(args.mixed_precision, device))
         num_frames = MAX_FRAMES if args.gif else 1
         kept, done = [], 0
         for frames in generate(

@@ -1,4 +1,4 @@
-"""Measure all that a GPU has to show, in one call; every part alone is a command as well.
+"""Measure training and sampling on a GPU, in one call; every part alone is a command as well.
 
     python benchmarks/gpu.py [--parts tests,speed,kernels,precisions] [--lesson] [options] [section.key=value ...]
 
@@ -7,8 +7,8 @@ speed       training and sampling of each batch size and precision, eager and co
             sampling takes two steps, unless sampler.sampling_steps is given; no TF32 in float32
 kernels     what a training step spends its time on, at the first batch size in the config's own precision
 precisions  short training runs: several seeds in the config's own precision, and seed 0 in each other one. Their figure is
-            the mean loss of the last tenth of the steps. It is within the seeds' spread if it differs from the seeds' mean
-            by max - min over the seeds or less
+            the mean loss of the last tenth of the steps. It is within the seeds' spread if it differs from that of seed 0
+            in the config's own precision by max - min over the seeds or less
 lesson      with --lesson: the whole training run of the config, its sample grid, and the distance of 1,000 samples
 
 Everything is written to OUTPUT_DIR/report.json as soon as it is measured, and printed as a table at the end. What the report
@@ -68,18 +68,17 @@ class Report:
         if path.exists():
             try:
                 report = json.loads(path.read_text())
-            except ValueError:
-                raise UserError(f"{path} is not JSON; mend it, or choose another --output_dir") from None
-            old = report["about"]
+                old, self.parts = dict(report["about"]), dict(report["parts"])
+            except (LookupError, TypeError, ValueError):
+                raise UserError(f"{path} is not a report of this script; choose another --output_dir") from None
             changed = [f"{key} ({old.get(key)}, now {about[key]})" for key in about if old.get(key) != about[key]]
             if changed:
                 raise UserError(f"{path} is of another {', '.join(changed)}; choose another --output_dir")
-            self.parts = report["parts"]
 
     def measure(self, part: str, name: str, compute: Callable[..., dict | None], *arguments: object) -> None:
         """Write the row of figures that `compute(*arguments)` returns, or why it failed. Do nothing if the row is known.
 
-        Every row gets the minutes that it took, those of failed and stopped calls included.
+        Every row gets the minutes that it took, including failed and stopped attempts.
         """
         rows = self.parts.setdefault(part, {})
         old = rows.get(name, {"failed": "", "minutes": 0})
@@ -99,6 +98,10 @@ class Report:
             rows[name] = {"minutes": old["minutes"] + (time.perf_counter() - began) / 60} | row
             self.write()
             clear(self.device)
+
+    def was_stopped(self, part: str, name: str) -> bool:
+        """Return whether the row was being measured when an earlier call was stopped."""
+        return self.parts.get(part, {}).get(name, {}).get("failed") == "stopped"
 
     def write(self) -> None:
         """Write the file."""
@@ -145,7 +148,8 @@ def run_tests() -> dict:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-q"]
     pytest = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
     print(pytest.stdout)
-    return {"failed" if pytest.returncode else "result": pytest.stdout.strip().rpartition("\n")[2]}
+    line = pytest.stdout.strip().rpartition("\n")[2]
+    return {"failed": line or "pytest did not run"} if pytest.returncode else {"result": line}
 
 
 def speed(report: Report, args: argparse.Namespace) -> None:
@@ -225,26 +229,27 @@ def precisions(report: Report, args: argparse.Namespace) -> None:
         short += [f"training.seed={seed}", "sampler.num_samples=1"]
         overrides = [*args.overrides, mixed_precision(precision), *short]
         folder = args.output_dir / "precisions" / f"{precision}-{seed}"
-        report.measure("precisions", name, loss_of, args.config_path, overrides, report.device, folder)
+        resume = report.was_stopped("precisions", name)
+        report.measure("precisions", name, loss_of, args.config_path, overrides, report.device, folder, resume)
     compare([report.parts["precisions"][name] for name in names], args.seeds)
     report.write()
 
 
-def loss_of(config_path: str, overrides: list[str], device: torch.device, output_dir: Path) -> dict:
+def loss_of(config_path: str, overrides: list[str], device: torch.device, output_dir: Path, resume: bool) -> dict:
     """Train, and return the mean loss of the last tenth of the steps."""
-    metrics = Path(train(config_path, overrides, device, output_dir)["run"], "metrics.jsonl")
+    metrics = Path(train(config_path, overrides, device, output_dir, resume)["run"], "metrics.jsonl")
     losses = [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
     last = losses[-math.ceil(len(losses) / 10) :]
     return {"failed": "a loss is not finite"} if None in last else {"loss": sum(last) / len(last)}
 
 
-def train(config_path: str, overrides: list[str], device: torch.device, output_dir: Path) -> dict[str, str]:
-    """Train as train_mnist.py does, or go on with a run that was stopped; returns {"run": the run's folder}."""
+def train(config_path: str, overrides: list[str], device: torch.device, output_dir: Path, resume: bool) -> dict[str, str]:
+    """Train as train_mnist.py does, or go on with the run that is there; returns {"run": the run's folder}."""
     config = load(config_path, overrides)
     folder = output_dir / "image" / config.data.dataset / config.name
-    resume = ["--resume_from", "latest"] * bool(saved_steps(folder))
+    how = ["--resume_from", "latest"] if resume and saved_steps(folder) else ["--overwrite"]
     options = ("--config_path", config_path, "--output_dir", output_dir, "--device", device)
-    call(train_mnist.main, *options, *resume, *overrides)
+    call(train_mnist.main, *options, *how, *overrides)
     return {"run": str(folder)}
 
 
@@ -255,7 +260,7 @@ def call(main: Callable[[], None], *arguments: object) -> None:
 
 
 def compare(rows: list[dict], seeds: int) -> None:
-    """Add to each row how far its loss is from the seeds' mean, and to later rows whether that is within the spread.
+    """Add to each row how far its loss is from that of seed 0, and to later rows whether that is within the seeds' spread.
 
     Args:
         rows: those of the seeds first.
@@ -266,7 +271,7 @@ def compare(rows: list[dict], seeds: int) -> None:
         return
     for index, row in enumerate(rows):
         if "loss" in row:
-            row["difference"], row["spread"] = row["loss"] - sum(losses) / seeds, max(losses) - min(losses)
+            row["difference"], row["spread"] = row["loss"] - losses[0], max(losses) - min(losses)
             if index >= seeds:
                 row["within_spread"] = "yes" if abs(row["difference"]) <= row["spread"] else "no"
 
@@ -275,7 +280,8 @@ def lesson(report: Report, args: argparse.Namespace) -> None:
     """Train the lesson, draw its grid and measure the distance of its samples."""
     device, folder = report.device, args.output_dir / "lesson"
     overrides = ["checkpoint.keep_last=2", *args.overrides]
-    report.measure("lesson", "training", train, args.config_path, overrides, device, folder)
+    resume = report.was_stopped("lesson", "training")
+    report.measure("lesson", "training", train, args.config_path, overrides, device, folder, resume)
     run = report.parts["lesson"]["training"].get("run")
     if run:
         checkpoint = checkpoint_path(Path(run), saved_steps(Path(run))[-1])

@@ -37,9 +37,9 @@ def conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
 class GroupNorm(nn.GroupNorm):
     """Group normalization that returns the dtype and the memory layout of its input.
 
-    PyTorch's would not on a GPU: autocast runs it in float32, and its kernel copies channels-last features to another layout,
-    so that all that follows would move twice the bytes, and the next convolution copy them back. The statistics are float32
-    inside the kernel in either case.
+    PyTorch's does not on a GPU: autocast runs it in float32, and its kernel copies channels-last features to another layout.
+    The layers after it would then move twice the bytes, and the next convolution would copy them back. The statistics are
+    float32 inside the kernel in either case.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -55,12 +55,12 @@ def per_image(
         with autocast(device, precision):
             for row in compute(images[batch].to(device), batch_labels, noise):
                 rows.append(row)
-                bar.update(len(places))
+                bar.update()
         return torch.stack(rows).cpu().double()
 
-    total = len(mine) * num_rows
-    with tqdm(total=total, desc=title, unit="step", leave=False, disable=not world.is_first) as bar:
-        for start in range(0, len(mine), batch_size):
+    starts = range(0, len(mine), batch_size)
+    with tqdm(total=len(starts) * num_rows, desc=title, unit="step", leave=False, disable=not world.is_first) as bar:
+        for start in starts:
             parts += in_parts_that_fit(compute_batch, mine[start : start + batch_size])
     gathered = world.gather(parts)
     return torch.cat([part for shard in gathered for part in shard], dim=1) if world.is_first else None

@@ -41,13 +41,15 @@ def pick_device(name: str | None = None) -> torch.device:
 def check_kernels(device: torch.device) -> None:
     """Raise a `UserError` if the installed PyTorch has no kernels for a GPU.
 
-    Kernels for compute capability 8.0 also run on 8.6, but not on 9.0. What is called compute_80 is compiled by the driver, on
-    any GPU from 8.0 on.
+    sm_80 runs on compute capability 8.0 and on 8.6, but not on 9.0, and sm_90a on 9.0 alone. compute_80 is code that the driver
+    compiles for any GPU from 8.0 on.
     """
     capability, built_for = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
-    kernels = [re.fullmatch(r"(sm|compute)_(\d+)(\d)", name) for name in built_for]
-    for kind, major, minor in (match.groups() for match in kernels if match):
-        if (int(major), int(minor)) <= capability and (kind == "compute" or int(major) == capability[0]):
+    kernels = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name) for name in built_for]
+    for kind, major, minor, suffix in (match.groups() for match in kernels if match):
+        target = int(major), int(minor)
+        any_later = kind == "compute" and not suffix
+        if target == capability or (suffix != "a" and target <= capability and (any_later or target[0] == capability[0])):
             return
     if any(kernels):  # AMD's GPUs have other names, and none are listed if CUDA is not initialized
         raise UserError(
@@ -99,7 +101,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def in_parts_that_fit(compute: Callable[[Sequence], T], items: Sequence) -> list[T]:
-    """Return [compute(items)], or the results for smaller parts in their order: halves, as long as memory runs out.
+    """Return [compute(items)]. If memory runs out, halve the items until the parts fit, and return their results in order.
 
     Args:
         items: at least one; a list, a range or a tensor.

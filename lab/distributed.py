@@ -70,10 +70,10 @@ class World:
             number = int(maximum)
         return number
 
-    def lowest_precision(self, precision: torch.dtype) -> torch.dtype:
-        """Return the lowest of the ranks' precisions by what their GPUs can do: float32 before fp16 before bf16.
+    def common_precision(self, precision: torch.dtype) -> torch.dtype:
+        """Return one precision for all ranks: float32 if any of them has it, else fp16 if any has it, else bf16.
 
-        A T4 and an A100 that train together both use fp16.
+        So a T4 and an A100 that train together both use fp16.
         """
         order = [torch.bfloat16, torch.float16, torch.float32]
         return order[self.all_reduce_max(order.index(precision))]

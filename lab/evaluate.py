@@ -45,7 +45,7 @@ def main() -> None:
     with distributed(args.device) as (device, world), explain_device_errors(advice):
         # First all that can fail because of the arguments; only one rank reports an error.
         first = world.rank_zero_first
-        precision = world.lowest_precision(first(lambda: autocast_dtype(args.mixed_precision, device)))
+        precision = world.common_precision(first(lambda: autocast_dtype(args.mixed_precision, device)))
         config, denoiser, step = first(lambda: load_denoiser(args.checkpoint, args.config_path, args.overrides, device))
         first(lambda: build_sampler(config))
         train, held_out = first(lambda: real_images(config))
@@ -73,8 +73,10 @@ def main() -> None:
         if len(images):
             if precision == torch.bfloat16:  # too coarse for the divergence of the ODE
                 precision = torch.float32
+            bits_precision = str(precision).removeprefix("torch.")
             where = (images, labels, device, batch_size, precision, world)
-            bits = results["bits_per_dimension"] = {"ode": ode_bits(denoiser, levels, *where)}
+            bits = results["bits_per_dimension"] = {"network_precision": bits_precision}
+            bits["ode"] = ode_bits(denoiser, levels, *where)
             if chain:
                 bits["bound"] = bound_bits(denoiser, config, chain, *where)
         if args.json and world.is_first:

@@ -140,12 +140,11 @@ def generate(
                 if step in shown:
                     scale = sigma_data / (state.sigma**2 + sigma_data**2) ** 0.5
                     frames.append(to_uint8(state.x * scale).cpu())
-                bar.update(len(seeds))
+                bar.update()
         return torch.stack(frames)
 
     hidden = title is None or not world.is_first
-    total = num_steps * sum(map(len, batches[:: world.size]))  # steps of rank 0's images, however they are divided
-    with tqdm(total=total, desc=title, unit="step", leave=False, disable=hidden) as bar:
+    with tqdm(total=len(rounds) * num_steps, desc=title, unit="step", leave=False, disable=hidden) as bar:
         for batches in rounds:
             mine = batches[world.rank] if world.rank < len(batches) else None
             frames = torch.cat(in_parts_that_fit(sample_batch, mine), dim=1) if mine else None

@@ -1,5 +1,6 @@
 """What a training step changes and a checkpoint holds: the network, its average, and the optimizer."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -29,18 +30,21 @@ class Learner:
         ema: its averaged weights; `ema.net` is the denoiser that samples are made with.
         noise_distribution: the distribution of the noise levels.
         precision: that of the network's matrix products.
-        scaler: leaves out the steps whose gradients are not finite. In fp16 it also scales the loss, so that small gradients
-            do not vanish.
+        scaler: skips steps with gradients that are not finite. In fp16 it also scales the loss, so that small gradients do
+            not vanish.
+        is_compiled: whether the network is compiled.
     """
 
     def __init__(self, config: Config, device: torch.device, world: World | None = None):
         training = config.training
         torch.manual_seed(seed_for(training.seed, "initial weights"))
-        torch.backends.cudnn.benchmark = True  # a GPU tries all algorithms once, as the shapes are the same in every step
+        # The shapes are the same in every step, so a GPU may try all algorithms once, and take the fastest.
+        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
         # Channels last is the layout in which convolutions are fastest.
         self.net = build_network(config).to(device, memory_format=torch.channels_last).train()
         self.config = config
-        self.precision = (world or World()).lowest_precision(autocast_dtype(training.mixed_precision, device))
+        world = world or World()
+        self.precision = world.common_precision(autocast_dtype(training.mixed_precision, device))
         self.ema = EMA(self.net, config.ema.halflife_images, config.ema.rampup_ratio)
         self.optimizer = torch.optim.Adam(
             self.net.parameters(),
@@ -49,12 +53,12 @@ class Learner:
             eps=training.adam_eps,
             fused=device.type != "mps",
         )
-        self.scales = self.precision == torch.float16
-        self.scaler = torch.amp.GradScaler(device.type, 2.0**16 if self.scales else 1.0, enabled=device.type != "mps")
+        self.scales_loss = self.precision == torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, 2.0**16 if self.scales_loss else 1.0, enabled=device.type != "mps")
         self.noise_distribution = build_noise_distribution(config)
         if isinstance(self.noise_distribution, torch.nn.Module):
             self.noise_distribution.to(device)
-        self.is_compiled = training.compile and compile_network(self.net, config, device, self.precision)
+        self.is_compiled = training.compile and compile_network(self.net, config, device, self.precision, world)
 
     def optimizer_step(self, images_seen: int) -> None:
         """Update the weights by Adam from the gradients in `net`, clipped to `max_grad_norm`; then clear the gradients.
@@ -74,7 +78,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.scaler.step(self.optimizer)
-        self.scaler.update(None if self.scales else 1.0)
+        self.scaler.update(None if self.scales_loss else 1.0)
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict:
@@ -83,7 +87,7 @@ class Learner:
             "net": self.net.state_dict(),
             "ema": self.ema.net.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],  # its settings are the config's
-            "scaler": self.scaler.state_dict() if self.scales else {},
+            "scaler": self.scaler.state_dict() if self.scales_loss else {},
             "noise_distribution": self.noise_distribution.state_dict(),
         }
 
@@ -113,7 +117,7 @@ class Learner:
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
             if not all(isinstance(value, int | float) for value in state["scaler"].values()):
                 raise ValueError
-            if state["scaler"] and self.scales:  # it is empty unless the run was in fp16
+            if state["scaler"] and self.scales_loss:  # it is empty unless the run was in fp16
                 self.scaler.load_state_dict(state["scaler"])
             learned, own = state.get("noise_distribution", {}), self.noise_distribution.state_dict()
             if own and learned:  # otherwise the distribution has changed, and starts without a history
@@ -124,13 +128,17 @@ class Learner:
             raise UserError(f"the state of the optimizer in {path} is damaged, or belongs to another network") from None
 
 
-def compile_network(net: PreconditionedDenoiser, config: Config, device: torch.device, precision: torch.dtype) -> bool:
+def compile_network(
+    net: PreconditionedDenoiser, config: Config, device: torch.device, precision: torch.dtype, world: World
+) -> bool:
     """Compile the network with torch.compile, unless that changes what it computes. Returns whether it is compiled.
 
-    Compared are D and its gradients by the weights, without dropout, relative to their norms. The weights are random meanwhile,
-    because the initial ones make D almost independent of most layers.
+    D and its gradients with respect to the weights are computed with and without, without dropout. Their difference, relative
+    to their norm, may be twice the error that `autocast` documents. The weights are random meanwhile, because the initial ones
+    make D almost independent of most layers.
     """
-    batch_size, size = config.training.batch_size // config.training.accumulation, config.data.resolution
+    shard, size = world.shard(config.training.batch_size), config.data.resolution
+    batch_size = math.ceil((shard.stop - shard.start) / config.training.accumulation)
     generator, network, weights = torch.Generator().manual_seed(0), config.network, list(net.parameters())
     x = torch.randn(batch_size, config.data.channels, size, size, generator=generator)
     x = x.to(device, memory_format=torch.channels_last)
@@ -141,7 +149,7 @@ def compile_network(net: PreconditionedDenoiser, config: Config, device: torch.d
     def compute() -> tuple[torch.Tensor, torch.Tensor]:
         with autocast(device, precision):
             D = net(x, sigma, labels, augment_labels)
-        gradients = torch.autograd.grad(D.square().sum(), weights)
+        gradients = torch.autograd.grad(D.square().sum() / batch_size, weights)
         return D.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
     initial = [weight.detach().clone() for weight in weights]
@@ -156,13 +164,13 @@ def compile_network(net: PreconditionedDenoiser, config: Config, device: torch.d
     with torch.no_grad():
         for weight, value in zip(weights, initial):
             weight.copy_(value)
-    limit = {torch.float32: 1e-3, torch.float16: 0.06, torch.bfloat16: 0.24}[precision]  # twice what `autocast` says
-    is_same = max(differences) < limit
-    if not is_same:
+    limit = {torch.float32: 1e-3, torch.float16: 0.06, torch.bfloat16: 0.24}[precision]
+    if world.all_reduce_max(not all(difference < limit for difference in differences)):  # nan is not below it
         torch.compiler.set_stance("force_eager")
         D, gradients = differences
-        print(f"torch.compile is left out: it changes D by {D:.1%} and its gradients by {gradients:.1%} of their size")
-    return is_same
+        print(f"The network is not compiled: torch.compile changes D by {D:.1%} and its gradients by {gradients:.1%}")
+        return False
+    return True
 
 
 def like_parameter(moments: dict, parameter: torch.Tensor) -> dict:

@@ -36,6 +36,8 @@ SUPPORTED = hasattr(torch._C, "_ensureCUDADeviceGuardSet")  # which makes PyTorc
 
 
 class PretendedGPU(FakeTensorMode):
+    """Computes the shapes of everything on the GPU, and runs everything on the CPU for real."""
+
     def __init__(self):
         super().__init__(allow_non_fake_inputs=True)
         self.waits: list[str] = []
@@ -255,9 +257,6 @@ def pretended_gpu(capability: tuple[int, int]) -> Iterator[PretendedGPU]:
                 return real(tensor, *args, **kwargs)
 
         return call
-
-    def format_zero(tensor, form):
-        return format(tensor.item(), form)
 
     def save(contents, *args, **kwargs):
         contents = tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, FakeTensor) else leaf, contents)

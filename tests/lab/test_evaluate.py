@@ -166,7 +166,7 @@ def test_what_cannot_be_evaluated_is_one_line(path, script):
 def test_a_network_that_knows_other_noise_levels_has_no_bound(trained, run, script):
     arguments = ("preconditioning.formulation=ve", "--num_samples", 0)
     out, figures = run(trained, *arguments, "--num_images", 3, "--ode_steps", 3)
-    assert figures["bits_per_dimension"].keys() == {"ode"}
+    assert figures["bits_per_dimension"].keys() == {"network_precision", "ode"}
     assert "by the bound" not in out
     code, _, err = script("lab/evaluate.py", "--checkpoint", trained, *arguments, "--timesteps", 3)
     assert code == 2

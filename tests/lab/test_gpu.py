@@ -171,6 +171,8 @@ def test_a_numbered_gpu_becomes_the_current_one(monkeypatch):
         ((8, 0), "sm_75 sm_86", False),
         ((10, 3), "sm_90 compute_90", True),
         ((10, 3), "sm_90a sm_100f", True),
+        ((9, 0), "sm_80 sm_90a", True),
+        ((12, 1), "sm_75 sm_120a", False),
         ((9, 0), "gfx90a gfx942", True),  # an AMD GPU
     ],
 )

@@ -102,21 +102,21 @@ def test_a_compiled_run_trains_like_an_eager_one_and_its_checkpoints_are_the_sam
 
 
 def test_a_compiled_network_that_computes_something_else_is_left_out(train, tiny, last, same, monkeypatch, capsys):
-    """Here one whose results are 1% too large. In bf16 that is within rounding."""
+    """Here one whose results are 10% too large. In bf16 that is within the limit."""
 
     def inexact(graph, inputs):
-        return lambda *inputs: [1.01 * output for output in graph(*inputs)]
+        return lambda *inputs: [1.1 * output for output in graph(*inputs)]
 
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compile(module, backend=inexact, **options))
-    eager = last(train(tiny, "--num_training_steps", 2, output="eager"))
-    for precision, says in (("no", True), ("bf16", False)):
-        options = ("training.compile=true", f"training.mixed_precision={precision}", "--num_training_steps", 2)
+    for precision, says in (("no", True), ("fp16", True), ("bf16", False)):
+        options = (f"training.mixed_precision={precision}", "--num_training_steps", 2)
+        eager = last(train(tiny, *options, output=f"eager {precision}"))
         try:
-            compiled = last(train(tiny, *options, output=precision))
+            compiled = last(train(tiny, *options, "training.compile=true", output=precision))
         finally:
             torch.compiler.set_stance("default")
-        assert ("torch.compile is left out: it changes D by " in capsys.readouterr().out) == says
+        assert ("The network is not compiled: torch.compile changes D by " in capsys.readouterr().out) == says
         assert same(compiled["losses"], eager["losses"]) == says
 
 

@@ -32,7 +32,7 @@ from lab.learner import Learner
 def main():
     with distributed("cpu") as joined:
         world = joined[1]
-        assert world.lowest_precision([torch.bfloat16, torch.float16][world.rank]) == torch.float16
+        assert world.common_precision([torch.bfloat16, torch.float16][world.rank]) == torch.float16
         train_mnist.distributed = lambda device: contextlib.nullcontext(joined)
         for output, arguments in RUNS.items():
             sys.argv = ["train_mnist.py", "--config_path", "tiny.yaml", "--output_dir", f"two/{output}", *arguments]
@@ -112,8 +112,12 @@ def test_shards_are_a_partition_of_the_batch(train, tiny):
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr("lab.distributed.pick_device", lambda name: name)
-    assert own_gpu("cuda", local_rank=1, local_size=2) == "cuda:1"
+    current = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr("torch.cuda.get_arch_list", lambda: [])
+    monkeypatch.setattr("torch.cuda.set_device", current.append)
+    assert [own_gpu("cuda", local_rank=1, local_size=2)] == current == [torch.device("cuda:1")]
     with pytest.raises(UserError, match="3 processes are more than this machine's 2 GPUs"):
         own_gpu(None, local_rank=0, local_size=3)
     with pytest.raises(UserError, match="every process needs its own GPU, so not all can use 'cuda:1'"):
