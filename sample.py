@@ -1,11 +1,11 @@
-"""Sample images from a checkpoint: a grid, and on request single images and an animation of the reverse process."""
+"""Sample images from a checkpoint: a grid, and on request single images and an animation of the first ones."""
 
 import argparse
 from pathlib import Path
 
 import torch
 
-from lab import pictures
+from lab import gallery, pictures
 from lab.cli import Parser, UserError, run_script, seed_list, whole_number
 from lab.config import Sampler
 from lab.device import autocast_dtype, explain_device_errors
@@ -13,7 +13,7 @@ from lab.distributed import distributed
 from lab.generate import add_checkpoint_arguments, export, generate, grid_columns, load_denoiser
 
 FLAGS = [name for name in Sampler.model_fields if name != "num_samples"]  # each replaces an entry of the config's sampler
-MAX_FRAMES = 64  # of the animation
+MAX_ANIMATED = 10  # images in the animation
 MAX_GRID = 2500  # images in the grid; further ones are written as single files alone
 
 
@@ -37,26 +37,23 @@ def main() -> None:
             denoiser.model.compile(dynamic=False)
 
         precision = world.common_precision(autocast_dtype(args.mixed_precision, device))
-        num_frames = MAX_FRAMES if args.gif else 1
         kept, done = [], 0
-        for frames in generate(
-            denoiser, seeds, config, device, args.batch_size, precision, class_index, num_frames, world=world
-        ):  # (frames, B, C, H, W), on rank 0
-            for seed, image in zip(seeds[done:], frames[-1]) if args.save_images else ():
+        for images in generate(denoiser, seeds, config, device, args.batch_size, precision, class_index, world=world):
+            for seed, image in zip(seeds[done:], images) if args.save_images else ():
                 pictures.save_image(folder / "images" / f"{seed:06d}.png", image)
             if done < MAX_GRID:
-                kept.append(frames)
-            done += frames.shape[1]
+                kept.append(images)
+            done += len(images)
 
         if world.is_first:
             columns = grid_columns(seeds, label_dim, class_index)
-            grids = [pictures.grid(images[:MAX_GRID], columns) for images in torch.cat(kept, dim=1)]
-            pictures.save_image(folder / "grid.png", grids[-1])
+            pictures.save_image(folder / "grid.png", pictures.grid(torch.cat(kept)[:MAX_GRID], columns))
             print(f"{min(len(seeds), MAX_GRID)} images of {len(seeds)} in {folder / 'grid.png'}")
             if args.save_images:
                 print(f"{len(seeds)} single images in {folder / 'images'}")
             if args.gif:
-                pictures.save_gif(folder / "reverse.gif", grids)
+                animated = seeds[: min(MAX_ANIMATED, args.batch_size)]
+                gallery.animation(folder / "reverse.gif", denoiser, config, device, precision, animated, class_index)
                 print(f"the reverse process in {folder / 'reverse.gif'}")
 
 
@@ -79,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", metavar="VALUE", help=f"short for sampler.{name}=VALUE")
     parser.add_argument("--batch_size", type=whole_number(1), default=64, help="images at a time (default: 64)")
     parser.add_argument("--save_images", action="store_true", help="also write every image as images/<seed>.png")
-    parser.add_argument("--gif", action="store_true", help="also write the reverse process as reverse.gif")
+    parser.add_argument("--gif", action="store_true", help="also write the way from noise to the first images as reverse.gif")
     parser.add_argument("--output_dir", type=Path, help="where to (default: output/image/<data set>/sample/<config name>)")
     parser.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
     parser.add_argument(

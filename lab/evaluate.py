@@ -190,8 +190,7 @@ def draw_samples(
     title: str = "sampling",
 ) -> torch.Tensor | None:
     """Return the samples of seeds 0, 1, 2, ..., (count, C, H, W) uint8, on rank 0, and None on the others."""
-    batches = generate(denoiser, list(range(count)), config, device, batch_size, precision, world=world, title=title)
-    images = [batch[-1] for batch in batches]
+    images = list(generate(denoiser, list(range(count)), config, device, batch_size, precision, world=world, title=title))
     return torch.cat(images) if images else None
 
 

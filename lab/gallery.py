@@ -1,8 +1,11 @@
-"""Draw what a checkpoint does: its reverse process, its classes, guidance, or the training images nearest to its samples."""
+"""Draw what a checkpoint does: samples, its reverse process, classes, guidance, the training images nearest to its samples."""
 
+import math
+from itertools import groupby
 from pathlib import Path
 
 import torch
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 from edm.precond import PreconditionedDenoiser
@@ -13,10 +16,12 @@ from lab.cli import Parser, UserError, run_script, seed_list
 from lab.config import Config, with_overrides
 from lab.data import HAVE_TEST_SETS, as_tensors, open_dataset, to_model_range, to_uint8
 from lab.device import autocast, autocast_dtype, explain_device_errors, pick_device
-from lab.generate import add_checkpoint_arguments, class_labels, generate, load_denoiser
+from lab.generate import add_checkpoint_arguments, class_labels, generate, grid_columns, load_denoiser
 from lab.seeds import ImageNoise
 
-NUM_FRAMES = 10  # of a filmstrip
+NUM_COLUMNS = 10  # of a filmstrip
+NUM_FRAMES = 40  # of an animation
+FRAME_MS, LAST_FRAME_MS = 150, 2500  # how long they are shown
 NUM_PIXELS = 8  # whose trajectories are drawn
 NUM_NEIGHBOURS = 4
 GUIDANCE = [0, 1, 1.5, 2, 4]
@@ -53,7 +58,8 @@ def reverse_process(
     device: torch.device,
     precision: torch.dtype,
     seeds: list[int],
-    title: str,
+    class_index: int | None = None,
+    title: str = "the reverse process",
 ) -> list[State]:
     """Return the states after each step of the sampler, (B, C, H, W) on the CPU, the last of which holds the samples.
 
@@ -61,7 +67,7 @@ def reverse_process(
     """
     dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple GPUs have no float64
     noise = ImageNoise(seeds, (config.data.channels, config.data.resolution, config.data.resolution), device, dtype)
-    labels = class_labels(seeds, config.network.label_dim)
+    labels = class_labels(seeds, config.network.label_dim, class_index)
     labels = labels if labels is None else labels.to(device)
     D, found = with_guidance_and_clipping(denoiser, config), []
     states = build_sampler(config)(denoiser, noise(), labels, noise)
@@ -82,23 +88,75 @@ def samples(
     title: str | None = None,
 ) -> torch.Tensor:
     """Return samples (B, C, H, W) uint8 on the CPU, with a progress bar if it has a title."""
-    batches = generate(denoiser, seeds, config, device, 64, precision, class_index, title=title)
-    return torch.cat([batch[-1] for batch in batches])
+    return torch.cat(list(generate(denoiser, seeds, config, device, 64, precision, class_index, title=title)))
+
+
+def shown(states: list[State], count: int) -> list[int]:
+    """Return the indices of `count` states for a reader to see, from the first to the last; with few states some repeat.
+
+    They are evenly spaced in sigma / (sigma + 2), so two fifths of them lie between the noise levels 5 and 1, where the shape
+    of an image is decided.
+    """
+    places = torch.tensor([state.sigma / (state.sigma + 2) for state in states])
+    wanted = torch.linspace(places[0], places[-1], count)
+    return (wanted[:, None] - places).abs().argmin(dim=1).tolist()
+
+
+def short(sigma: float) -> str:
+    """Return a noise level as text: "157", "28", "5.3", "0.0075"."""
+    return f"{sigma:.0f}" if sigma >= 10 else f"{sigma:.2g}"
+
+
+def noisy_and_denoised(state: State, config: Config) -> torch.Tensor:
+    """Return x, scaled to the data's standard deviation, and D(x): (2, B, C, H, W) uint8."""
+    sigma_data = config.preconditioning.sigma_data
+    scale = sigma_data / (state.sigma**2 + sigma_data**2) ** 0.5
+    return to_uint8(torch.stack([state.x * scale, state.denoised]))
+
+
+def grid(
+    path: Path, denoiser: PreconditionedDenoiser, config: Config, device: torch.device, precision: torch.dtype, seeds: list[int]
+) -> None:
+    """Draw samples, in a column for each class if the classes take turns."""
+    made = samples(denoiser, config, device, precision, seeds, title="sampling")
+    columns = grid_columns(seeds, config.network.label_dim)
+    names = [str(number) for number in range(columns or 0)]
+    columns = columns or math.ceil(math.sqrt(len(seeds)))
+    rows = pad(made, [0] * 7 + [-len(made) % columns]).unflatten(0, (-1, columns))  # black images fill the last row
+    pictures.save_table(path, rows, [], names, "class" if names else "")
+
+
+def animation(
+    path: Path,
+    denoiser: PreconditionedDenoiser,
+    config: Config,
+    device: torch.device,
+    precision: torch.dtype,
+    seeds: list[int],
+    class_index: int | None = None,
+) -> None:
+    """Draw noisy images on their way to samples above the denoised images, as an animated GIF file."""
+    states = reverse_process(denoiser, config, device, precision, seeds, class_index, "animation")
+    labels = class_labels(seeds, config.network.label_dim, class_index)
+    names = [] if labels is None else [str(number) for number in labels.argmax(dim=1).tolist()]
+    frames, milliseconds = [], []
+    for place, repeats in groupby(shown(states, NUM_FRAMES)):
+        images = noisy_and_denoised(states[place], config)
+        frames.append(pictures.draw_table(images, ["x", "D(x)"], names, f"noise level {short(states[place].sigma)}"))
+        milliseconds.append(FRAME_MS * len(list(repeats)))
+    pictures.save_gif(path, frames, [*milliseconds[:-1], LAST_FRAME_MS], colors=12 if config.data.channels == 1 else 256)
 
 
 def filmstrip(
     path: Path, denoiser: PreconditionedDenoiser, config: Config, device: torch.device, precision: torch.dtype, seeds: list[int]
 ) -> None:
     """Draw noisy images on their way to samples, and the denoised images below them."""
-    states = reverse_process(denoiser, config, device, precision, seeds, "filmstrip")
-    shown = [states[round(place)] for place in torch.linspace(0, len(states) - 1, min(NUM_FRAMES, len(states))).tolist()]
-    sigma_data = config.preconditioning.sigma_data
-    scales = [sigma_data / (state.sigma**2 + sigma_data**2) ** 0.5 for state in shown]
-    noisy = torch.stack([state.x * scale for state, scale in zip(shown, scales)], dim=1)  # (B, frames, C, H, W)
-    denoised = torch.stack([state.denoised for state in shown], dim=1)
-    rows = to_uint8(torch.stack([noisy, denoised], dim=1).flatten(0, 1))
+    states = reverse_process(denoiser, config, device, precision, seeds, title="filmstrip")
+    states = [states[place] for place in sorted({*shown(states, NUM_COLUMNS)})]
+    rows = torch.stack([noisy_and_denoised(state, config) for state in states], dim=2)  # (2, B, columns, C, H, W)
     names = [name for seed in seeds for name in (f"seed {seed}", "D(x)")]
-    pictures.save_table(path, rows, names, [f"{state.sigma:.2g}" for state in shown], "noise level")
+    levels = [short(state.sigma) for state in states]
+    pictures.save_table(path, rows.transpose(0, 1).flatten(0, 1), names, levels, "noise level")
 
 
 def trajectories(
@@ -107,7 +165,7 @@ def trajectories(
     """Draw trajectories of eight pixels of an image (their red value in colour images), and of their denoised values."""
     if len(seeds) > 1 or config.sampler.sampling_steps < 2:
         raise UserError("trajectories are drawn for one seed, and take 2 or more sampler.sampling_steps")
-    states = reverse_process(denoiser, config, device, precision, seeds, "trajectories")
+    states = reverse_process(denoiser, config, device, precision, seeds, title="trajectories")
     size = config.data.resolution
     row, columns = size // 2, torch.linspace(size / 4, 3 * size / 4, NUM_PIXELS).long()
     x = torch.stack([state.x[0, 0, row, columns] for state in states])
@@ -190,12 +248,13 @@ def num_classes(config: Config) -> int:
     """
     if not config.network.label_dim:
         raise UserError(
-            "the network is unconditional and knows no classes; its pictures are filmstrip, trajectories and neighbours"
+            "the network is unconditional and knows no classes; its pictures are grid, filmstrip, trajectories and neighbours"
         )
     return config.network.label_dim
 
 
 PICTURES = {  # the function that draws, the number of seeds by default, and what is drawn
+    "grid": (grid, 60, "samples, in a column for each class"),
     "filmstrip": (filmstrip, 3, "noisy images on their way to samples, and the denoised images below them"),
     "trajectories": (trajectories, 1, "trajectories of eight pixels of an image"),
     "neighbours": (neighbours, 8, "samples, each beside the training images nearest to it"),

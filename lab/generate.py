@@ -101,7 +101,6 @@ def generate(
     batch_size: int,
     precision: torch.dtype = torch.float32,
     class_index: int | None = None,
-    num_frames: int = 1,
     world: World | None = None,
     title: str | None = "sampling",
 ) -> Iterator[torch.Tensor]:
@@ -113,18 +112,15 @@ def generate(
         batch_size: images at a time, on each rank; half as many, or fewer, if memory runs out.
         precision: that of the network, from `autocast_dtype`.
         class_index: the class of all images; by default all classes in turn.
-        num_frames: how many states of each image to return, about evenly spaced in the steps; the last is the sample.
         world: the ranks that share the work. All of them call; only rank 0 gets images.
         title: of the progress bar; None for no bar.
 
     Yields:
-        (frames, B, C, H, W) uint8 on the CPU, batch after batch. Noisy states are scaled to the data's standard deviation.
+        (B, C, H, W) uint8 on the CPU, batch after batch.
     """
     world, sampler, num_steps = world or World(), build_sampler(config), config.sampler.sampling_steps
     shape = (config.data.channels, config.data.resolution, config.data.resolution)
     dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    sigma_data = config.preconditioning.sigma_data
-    shown = {math.ceil((frame + 1) * num_steps / num_frames) for frame in range(num_frames)}  # after these steps
     batch_size = min(batch_size, math.ceil(len(seeds) / world.size))
     batch_size = math.ceil(len(seeds) / math.ceil(len(seeds) / batch_size))  # batches of about the same size
     batches = [seeds[start : start + batch_size] for start in range(0, len(seeds), batch_size)]
@@ -133,22 +129,18 @@ def generate(
     def sample_batch(seeds: list[int]) -> torch.Tensor:
         noise = ImageNoise(seeds, shape, device, dtype)
         labels = class_labels(seeds, config.network.label_dim, class_index)
-        frames = []
         with torch.no_grad(), autocast(device, precision):
-            states = sampler(denoiser, noise(), labels if labels is None else labels.to(device), noise)
-            for step, state in enumerate(states, start=1):
-                if step in shown:
-                    scale = sigma_data / (state.sigma**2 + sigma_data**2) ** 0.5
-                    frames.append(to_uint8(state.x * scale).cpu())
+            for state in sampler(denoiser, noise(), labels if labels is None else labels.to(device), noise):
+                images = state.x
                 bar.update()
-        return torch.stack(frames)
+        return to_uint8(images).cpu()
 
     hidden = title is None or not world.is_first
     with tqdm(total=len(rounds) * num_steps, desc=title, unit="step", leave=False, disable=hidden) as bar:
         for batches in rounds:
             mine = batches[world.rank] if world.rank < len(batches) else None
-            frames = torch.cat(in_parts_that_fit(sample_batch, mine), dim=1) if mine else None
-            yield from (part for part in world.gather(frames) if part is not None)
+            images = torch.cat(in_parts_that_fit(sample_batch, mine)) if mine else None
+            yield from (part for part in world.gather(images) if part is not None)
 
 
 def save_grid(
@@ -162,8 +154,7 @@ def save_grid(
     """Write a grid of the config's `num_samples` samples, from seeds 0, 1, 2, ..., as a PNG file."""
     seeds = list(range(config.sampler.num_samples))
     batch_size = 4 * config.training.batch_size  # without gradients there is room for more than in training
-    batches = generate(denoiser, seeds, config, device, batch_size, precision, world=world)
-    images = [frames[-1] for frames in batches]
+    images = list(generate(denoiser, seeds, config, device, batch_size, precision, world=world))
     if images:  # on rank 0
         pictures.save_image(path, pictures.grid(torch.cat(images), grid_columns(seeds, config.network.label_dim)))
 

@@ -2,12 +2,15 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from PIL import Image
 
 from lab.checkpoint import write_atomically
 from lab.cli import UserError
@@ -15,6 +18,18 @@ from lab.data import to_pil
 
 if TYPE_CHECKING:  # slow to import, so each function that draws imports it
     from matplotlib.figure import Figure
+
+COLORS = {"VP": "#D55E00", "VE": "#009E73", "iDDPM": "#CC79A7", "EDM": "#0072B2"}  # of the columns of Table 1
+SCALE = 3  # screen pixels for each pixel of an image in a table
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Apply the style of lab/style.mplstyle, in a `with` block or in a function that is decorated with `@style()`."""
+    import matplotlib.style
+
+    with matplotlib.style.context(Path(__file__).with_name("style.mplstyle")):
+        yield
 
 
 def check_writable(path: Path) -> None:
@@ -44,49 +59,71 @@ def save_image(path: Path, image: torch.Tensor) -> None:
     write_atomically(path, lambda file: to_pil(image).save(file, format="PNG"))
 
 
-def save_gif(path: Path, frames: list[torch.Tensor], milliseconds: int = 120, hold: int = 1500) -> None:
-    """Write frames, each (3, H, W) uint8, as an animated GIF file.
+@style()
+def save_figure(path: Path, figure: "Figure") -> None:
+    """Write a matplotlib figure as a PNG file."""
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+@style()
+def save_gif(path: Path, frames: "list[Figure]", milliseconds: list[int], colors: int) -> None:
+    """Write figures of the same size as an animated GIF file.
+
+    All frames share one palette, so that a pixel that does not change costs nothing.
 
     Args:
-        milliseconds: how long each frame but the last is shown.
-        hold: how long the last frame is shown, in milliseconds.
+        milliseconds: how long each frame is shown.
+        colors: at most 256. The fewer they are, the smaller is the file.
     """
-    first, *others = map(to_pil, frames)
-    durations = [milliseconds] * len(others) + [hold]
-    options = {"save_all": True, "append_images": others, "duration": durations, "loop": 0}
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    pixels = []
+    for figure in frames:
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        pixels.append(np.asarray(canvas.buffer_rgba())[..., :3])
+    palette = Image.fromarray(np.concatenate(pixels)).quantize(colors)
+    first, *others = (Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in pixels)
+    options = {"save_all": True, "append_images": others, "duration": milliseconds, "loop": 0}
     write_atomically(path, lambda file: first.save(file, format="GIF", **options))
 
 
-def save_figure(path: Path, figure: "Figure", dpi: int = 100) -> None:
-    """Write a matplotlib figure as a PNG file."""
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
-
-
-def save_table(path: Path, images: torch.Tensor, rows: list[str], columns: list[str], title: str) -> None:
-    """Draw images in rows and columns at twice their size.
+@style()
+def draw_table(images: torch.Tensor, rows: list[str], columns: list[str], title: str) -> "Figure":
+    """Draw images in rows and columns, enlarged `SCALE` times, every pixel to a sharp square.
 
     Args:
         images: (R, K, C, H, W) uint8.
-        rows: the R rows' names.
-        columns: the K columns' names.
-        title: what the columns' names are, written above them.
+        rows: the R rows' names, or none.
+        columns: the K columns' names, or none.
+        title: what stands above the table, such as what the columns' names are; "" for no title.
     """
     from matplotlib.figure import Figure
 
     table = grid(images.flatten(0, 1), columns=images.shape[1]).permute(1, 2, 0).numpy()
-    height, width = (2 * size / 100 for size in table.shape[:2])  # in inches of 100 pixels
-    figure = Figure(figsize=(width + 1.2, height + 0.7), layout="constrained", dpi=100)
-    axes = figure.add_subplot()
-    axes.imshow(table, interpolation="nearest")
+    height, width = (SCALE * size for size in table.shape[:2])  # in pixels, as all that follows
+    left = 9 * max(map(len, rows)) + 12 if rows else 0
+    top = 22 * (bool(columns) + bool(title))
+    figure = Figure(layout="none")
+    figure.set_size_inches((left + width) / figure.dpi, (height + top) / figure.dpi)
+    axes = figure.add_axes((left / (left + width), 0, width / (left + width), height / (height + top)))
+    axes.imshow(table, aspect="auto")
     for axis, names, size in ((axes.xaxis, columns, images.shape[4] + 2), (axes.yaxis, rows, images.shape[3] + 2)):
-        axis.set_ticks([1 + (place + 0.5) * size for place in range(len(names))], names, fontsize="small")
+        axis.set_ticks([0.5 + (place + 0.5) * size for place in range(len(names))], names)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
+    axes.grid(False)
     axes.spines[:].set_visible(False)
-    axes.set_title(title, fontsize="small")
-    save_figure(path, figure)
+    axes.set_title(title, loc="left", pad=4)
+    return figure
 
 
+def save_table(path: Path, images: torch.Tensor, rows: list[str], columns: list[str], title: str) -> None:
+    """Write images in rows and columns as a PNG file; the arguments are those of `draw_table`."""
+    save_figure(path, draw_table(images, rows, columns, title))
+
+
+@style()
 def save_trajectories(
     path: Path,
     sigma: list[float],
@@ -96,7 +133,7 @@ def save_trajectories(
     row: int,
     columns: list[int],
 ) -> None:
-    """Draw trajectories of pixels over the noise level, beside the image with the pixels marked.
+    """Draw trajectories of pixels over the noise level, above and below 1, beside the image with the pixels marked.
 
     Args:
         sigma: N falling noise levels.
@@ -109,25 +146,27 @@ def save_trajectories(
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.4), layout="constrained", dpi=100)
-    left, middle, right = figure.subplots(1, 3, width_ratios=[2, 3, 3])
-    left.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
-    left.axis("off")
+    figure = Figure(figsize=(8, 5.6))
+    (shown, whole), (low, right) = figure.subplots(2, 2)
+    shown.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
+    shown.axis("off")
     for place, column in enumerate(columns):
         color = colormaps["turbo"]((place + 0.5) / len(columns))
-        left.plot(column, row, marker="o", markersize=6, markerfacecolor=color, markeredgecolor="white")
-        middle.plot(sigma, x[:, place].numpy(), color=color)
-        right.plot(sigma, denoised[:, place].numpy(), color=color)
+        shown.plot(column, row, marker="o", markerfacecolor=color, markeredgecolor="white")
+        for axes, values in ((whole, x), (low, x), (right, denoised)):
+            axes.plot(sigma, values[:, place].numpy(), color=color)
     pixels = "pixels" if len(image) == 1 else "pixels (red)"
-    middle.set(xlabel="noise level", title=f"{pixels} of x", xlim=(max(sigma), 0))
+    whole.set(xlabel="noise level", title=f"{pixels} of x", xlim=(max(sigma), 0))
+    seen = x[[level <= 1 for level in sigma]]
+    low.set(xlabel="noise level", title=f"{pixels} of x, below noise level 1", xlim=(1, 0))
+    low.set_ylim(seen.min().item() - 0.2, seen.max().item() + 0.2)
     right.set(xlabel="noise level", title=f"{pixels} of the denoised image D(x)")
     right.set_xscale("symlog", linthresh=min(level for level in sigma if level > 0))
     right.set_xlim(max(sigma), 0)
-    for axes in (middle, right):
-        axes.grid(alpha=0.3)
     save_figure(path, figure)
 
 
+@style()
 def save_loss_curve(path: Path, steps: Sequence[int], records: torch.Tensor, edges: Sequence[float]) -> None:
     """Draw the loss of each step, and running means over a fiftieth of the run, of all images and by noise level, on a
     logarithmic scale.
@@ -142,7 +181,7 @@ def save_loss_curve(path: Path, steps: Sequence[int], records: torch.Tensor, edg
 
     window = max(len(records) // 50, 1)
     means = running_means(records.double(), window)
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4))
     axes = figure.add_subplot(xlabel="training step", ylabel="loss, summed over pixels", yscale="log")
     axes.plot(steps, records[:, 0], color="gray", alpha=0.25, linewidth=0.6, label="each step")
     names = [f"sigma below {edges[0]:g}", *(f"{low:g} to {high:g}" for low, high in pairwise(edges)), f"above {edges[-1]:g}"]
@@ -150,9 +189,8 @@ def save_loss_curve(path: Path, steps: Sequence[int], records: torch.Tensor, edg
         color = colormaps["viridis"](band / len(names))
         axes.plot(steps[window - 1 :], means[:, band], color=color, linewidth=1, label=name)
     axes.plot(steps[window - 1 :], means[:, 0], color="black", label=f"mean of {window} steps")
-    axes.grid(alpha=0.3)
-    axes.legend(ncols=2, fontsize="small")
-    save_figure(path, figure, dpi=110)
+    axes.legend(ncols=2)
+    save_figure(path, figure)
 
 
 def running_means(records: torch.Tensor, window: int) -> torch.Tensor:
@@ -163,6 +201,7 @@ def running_means(records: torch.Tensor, window: int) -> torch.Tensor:
     return (sums[window:] - sums[:-window]) / (counts[window:] - counts[:-window])
 
 
+@style()
 def save_sweep(path: Path, curves: dict[str, list[tuple]], churn: list[tuple], floor: float, ylabel: str) -> None:
     """Draw a distance over the number of network evaluations, one curve for each sampler, and over S_churn.
 
@@ -175,19 +214,18 @@ def save_sweep(path: Path, curves: dict[str, list[tuple]], churn: list[tuple], f
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(8, 3.6))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
-    for name, points in curves.items():
+    for place, (name, points) in enumerate(curves.items()):
         if points:
-            left.plot(*zip(*points), marker="o", label=name)
+            left.plot(*zip(*points), marker="o", label=name, color=f"C{place}")
     left.set(xlabel="network evaluations per image", ylabel=ylabel, xscale="log", yscale="log")
     left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.xaxis.set_major_formatter("{x:g}")
     left.xaxis.set_minor_formatter("")
-    right.plot(*zip(*churn), marker="o", color="tab:purple", label="heun with churn")
+    right.plot(*zip(*churn), marker="o", label="heun with churn", color=f"C{len(curves) - 1}")
     right.set(xlabel="S_churn")
     for axes in (left, right):
         axes.axhline(floor, color="gray", linestyle="--", label="as many real images")
-        axes.grid(alpha=0.3, which="both")
         axes.legend()
-    save_figure(path, figure, dpi=110)
+    save_figure(path, figure)

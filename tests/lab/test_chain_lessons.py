@@ -132,7 +132,7 @@ def test_a_chains_network_is_sampled_by_every_sampler_whatever_the_batch(train, 
     if solver == "ancestral":
         assert script("sample.py", "--checkpoint", path, "--sampling_steps", 200, "--gif", "--output_dir", "x")[0] == 0
         with Image.open(tmp_path / "x/reverse.gif") as gif:
-            assert 50 < gif.n_frames <= 64  # frames that are alike are merged
+            assert 30 < gif.n_frames <= 40
 
 
 def test_an_edm_network_knows_every_chain_and_an_iddpm_network_its_own():

@@ -82,7 +82,7 @@ def test_all_options(gpu_run, script, pretended_gpu, architecture, gpu):
         assert code == 0, err
 
 
-@pytest.mark.parametrize("picture", ["trajectories", "neighbours", "classes", "guidance"])
+@pytest.mark.parametrize("picture", ["grid", "trajectories", "neighbours", "classes", "guidance"])
 def test_all_pictures(gpu_run, script, pretended_gpu, picture):
     checkpoint, _, _ = gpu_run("edm_cond", "T4", "network.label_dim=2")
     with pretended_gpu(GPUS["T4"][0]):
