@@ -6,8 +6,8 @@
 Tensors on "cuda" have a shape, strides and a dtype but no data (PyTorch's FakeTensorMode), and those on the CPU are real, so
 whole commands run. What comes back from the GPU is zeros. What would fail on a GPU is an error: operations between devices,
 random numbers from a generator of the CPU, and what Adam's fused kernel refuses. `gpu.waits` lists what would make Python wait
-for the GPU, with the line that asked for it. `gpu.launches` and `gpu.traffic` count kernels and bytes by operation, and
-`gpu.peak` is the highest number of bytes in use.
+for the GPU, with the line that asked for it. With `gpu.is_counting`, `gpu.launches` and `gpu.traffic` count kernels and bytes
+by operation, and `gpu.peak` is the highest number of bytes in use.
 
 Not pretended: numbers, speed, the choices of cuDNN and cuBLAS, fused attention (its plain formula runs), Triton, NCCL.
 
@@ -41,6 +41,7 @@ class PretendedGPU(FakeTensorMode):
     def __init__(self):
         super().__init__(allow_non_fake_inputs=True)
         self.waits: list[str] = []
+        self.is_counting = False
         self.launches, self.traffic = Counter(), Counter()
         self.in_use = self.peak = 0
         self.storages = set()
@@ -75,7 +76,8 @@ class PretendedGPU(FakeTensorMode):
             out = super().__torch_dispatch__(func, types, args, kwargs)
         if name.startswith("native_group_norm"):  # as of PyTorch 2.14 the kernels know no channels last
             out = (torch.empty_like(out[0], memory_format=torch.contiguous_format), *out[1:])
-        self.count(func, args, inputs, on_gpu(out))
+        if self.is_counting:
+            self.count(func, args, inputs, on_gpu(out))
         return out
 
     def wait(self, what: str) -> None:
@@ -311,6 +313,7 @@ def main() -> None:
 
     path, *overrides = sys.argv[1:] or [root / "configs/edm.yaml"]
     with pretended_gpu((7, 5)) as gpu, saved_tensors_hooks(gpu.save, gpu.use):
+        gpu.is_counting = True
         step = training_step(load(path, [*overrides, "preconditioning.sigma_data=0.5"]), torch.device("cuda"))
         step()
         for counted in (gpu.launches, gpu.traffic, gpu.waits):

@@ -11,7 +11,10 @@ from lab.config import SECTIONS
 
 ROOT = Path(__file__).parents[2]
 MODULES = {path.stem: f"{path.parent.name}.{path.stem}" for path in [*ROOT.glob("edm/*.py"), *ROOT.glob("lab/*.py")]}
-SCRIPTS = ["train_mnist.py", "sample.py", "lab/evaluate.py", "lab/gallery.py", "benchmarks/throughput.py", "benchmarks/gpu.py"]
+SCRIPTS = [
+    *("train_mnist.py", "sample.py", "lab/evaluate.py", "lab/gallery.py", "lab/why.py"),
+    *("benchmarks/throughput.py", "benchmarks/gpu.py"),
+]
 FOLDERS = "assets|benchmarks|configs|docs|edm|lab|notebooks|tests"
 FILES = [*ROOT.glob("*"), *(path for folder in FOLDERS.split("|") for path in ROOT.glob(f"{folder}/**/*"))]
 SUFFIXES = ("gif", "json", "jsonl", "md", "png", "pt", "py", "yaml")

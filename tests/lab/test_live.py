@@ -1,0 +1,270 @@
+"""Controls draw anew when they change; the playground computes what `edm` computes."""
+
+import asyncio
+import math
+
+import ipywidgets as widgets
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from edm.exact import GaussianMixture
+from edm.sampler import sample
+from edm.schedule import RANGES, table_1
+from lab import live as module
+from lab import playground
+from lab.cli import UserError
+from lab.live import Live, control, first_value, live, prepared
+from lab.playground import DIGITS, FOUR, ONE, START, make_controls, make_panel, preset, results, solution
+from lab.seeds import ImageNoise
+
+
+def titled(title: object) -> Figure:
+    figure = Figure(figsize=(1, 1))
+    figure.suptitle(str(title))
+    return figure
+
+
+def drawn(draw, **controls) -> Live:
+    return Live(draw, "a <picture>", {name: control(name, spec) for name, spec in controls.items()})
+
+
+def finish(computation):
+    """Return what the generator yields at last."""
+    *_, last = computation
+    return last
+
+
+@pytest.fixture
+def displayed(monkeypatch) -> list:
+    """What is displayed: (data, metadata) pairs."""
+    outputs = []
+    monkeypatch.setattr("IPython.display.display", lambda data, metadata, raw: outputs.append((data, metadata)))
+    return outputs
+
+
+def test_controls_are_of_the_kind_that_their_values_say():
+    kinds = {
+        "rho": ((1.0, 15.0, 0.5), widgets.FloatSlider, 8.0),
+        "steps": ((2, 64), widgets.IntSlider, 33),
+        "sigma_min": ((0.0, 1.0, 0.25, 0.75), widgets.FloatSlider, 0.75),
+        "solver": (["heun", "euler"], widgets.ToggleButtons, "heun"),
+        "digit": (list(range(10)), widgets.Dropdown, 0),
+        "S_churn": ({"none": 0, "some": 40}, widgets.ToggleButtons, 0),
+        "clip": (False, widgets.Checkbox, False),
+    }
+    for name, (spec, kind, value) in kinds.items():
+        made = control(name, spec)
+        assert type(made) is kind and made.value == value == first_value(spec)
+    assert [control(name, True).description for name in ("sigma_min", "rho", "N")] == ["σ_min", "ρ", "N"]  # noqa: RUF001
+    own = widgets.IntText(description="mine")
+    assert control("N", own) is own and own.description == "mine"
+
+
+def test_a_change_is_drawn_with_the_new_values_and_errors_become_a_line():
+    calls = []
+
+    def draw(rho, solver):
+        calls.append((rho, solver))
+        if solver == "bad":
+            raise UserError("rho < 7 & no more")
+        return titled(rho)
+
+    async def session():
+        shown = drawn(draw, rho=(1.0, 15.0, 0.1), solver=["heun", "bad"])
+        first = shown.png
+        assert calls == [(8.0, "heun")] and 'alt="a &lt;picture&gt;"' in shown.picture.value  # at once
+        shown.controls["rho"].value = 9.0
+        await asyncio.sleep(0.01)
+        shown.controls["rho"].value = 9.3
+        await shown.task
+        second = shown.png
+        assert calls[1:] == [(9.3, "heun")] and second != first  # the hasty value 9.0 was not drawn
+        shown.controls["solver"].value = "bad"
+        await shown.task
+        assert shown.png == second and "rho &lt; 7 &amp; no more" in shown.message.value
+        shown.controls["solver"].value = "heun"
+        await shown.task
+        assert shown.message.value == "" and shown.png == second
+
+    asyncio.run(session())
+
+
+def test_errors_are_one_line_whatever_they_are():
+    def draw(kind):
+        raise {"value": ValueError("two\nlines"), "type": TypeError("no number")}[kind]
+
+    assert "two lines<" in drawn(draw, kind=["value"]).message.value
+    assert "TypeError: no number<" in drawn(draw, kind=["type"]).message.value
+
+
+def test_a_newer_change_ends_an_older_computation(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 0.0)
+    parts = []
+
+    def draw(N):
+        for part in range(20):
+            parts.append((N, part))
+            yield titled(N) if part in (0, 19) else None
+
+    async def session():
+        shown = drawn(draw, N=(1, 9))
+        shown.controls["N"].value = 2
+        while (2, 3) not in parts:
+            await asyncio.sleep(0.001)  # other tasks run between the parts
+        shown.controls["N"].value = 3
+        await shown.task
+
+    asyncio.run(session())
+    assert (2, 19) not in parts and (3, 19) in parts
+
+
+def test_one_output_holds_the_widgets_and_the_picture(displayed, monkeypatch, capsys):
+    live(lambda N: titled(N), alt="N steps", N=(1, 9))
+    (data, metadata), view = displayed.pop(), "application/vnd.jupyter.widget-view+json"
+    assert {view, "image/png", "text/plain"} <= data.keys() and metadata == {"image/png": {"alt": "N steps"}}
+    monkeypatch.setattr(module, "widgets", None)
+    live(lambda N: titled(N), alt="N steps", N=(1, 9))
+    (static, _), text = displayed.pop(), capsys.readouterr().out
+    assert view not in static and static["image/png"] == data["image/png"] and "pip install ipywidgets" in text
+    live(lambda N: titled(missing), N=(1, 9))  # noqa: F821
+    assert "NameError" in displayed.pop()[0]["text/html"]
+
+
+def test_a_page_without_a_kernel_has_a_picture_for_each_value(displayed, monkeypatch):
+    def draw(N, solver):
+        if N == 1:
+            raise ValueError("too few")
+        return titled(f"{N} {solver}")
+
+    monkeypatch.setenv("EDM_STATIC", "1")
+    live(draw, N=(1, 64), solver=["heun", "euler"])
+    assert "image/png" in displayed[0][0]
+    box, first = prepared(draw, "", {"N": control("N", (1, 64)), "solver": control("solver", ["heun", "euler"])})
+    choice, stack = box.children
+    assert len(stack.children) == len(choice.options) == 12 and choice.options[::11] == ("1", "64")
+    assert choice.value == "33" and choice.index == stack.selected_index and first == module.png(draw(33, "heun"))
+    assert "too few" in stack.children[0].value and len({child.value for child in stack.children}) == 12
+    log = widgets.FloatLogSlider(value=7, min=0, max=2, step=0.1)
+    box, _ = prepared(lambda sigma: titled(sigma), "", {"sigma": log})
+    assert box.children[0].value == "7" and len(box.children[0].options) == 12 and box.children[0].options[-1] == "100"
+    flag, _ = prepared(lambda clip: titled(clip), "", {"clip": control("clip", True)})
+    assert flag.children[0].options == ("off", "on") and flag.children[0].value == "on"
+
+
+# The playground
+
+
+def result(**settings):
+    return finish(results(**START | settings))[ONE]
+
+
+def test_a_run_is_that_of_the_package(assert_close):
+    """For each preset: the same paths as from `edm` by hand."""
+    mixture = GaussianMixture(torch.tensor([[-1.0], [1.0]]), torch.full((2, 1, 1), 0.04))
+    latents = ImageNoise(list(range(24, 48)), (1, 1, 1), torch.device("cpu"), torch.float64)()
+    for name in playground.FILES:
+        chosen = preset(name)
+        rows = {row: chosen[row] for row in ("discretization", "schedule", "scaling")}
+        sigma_steps, schedule = table_1(6, **rows)
+        states = list(sample(mixture, latents, sigma_steps, schedule=schedule, solver=chosen["solver"]))
+        run, _, exact, _ = result(N=6, seed=1, **chosen)
+        assert exact.run.sigma[0] == pytest.approx(run.sigma[0])  # the same problem
+        assert_close(run.x[1:], torch.stack([state.x for state in states]))
+        assert run.sigma == sigma_steps.tolist()
+        assert_close(run.x[0], latents * sigma_steps[0])
+        assert run.evaluations == (11 if name == "EDM" else 6)
+
+
+def test_errors_fall_with_the_order_of_the_solver():
+    def order(solver, few):
+        errors = [result(N=N, solver=solver).error for N in (few, 2 * few)]
+        return math.log2(errors[0] / errors[1])
+
+    assert order("heun", 64) > 1.7 and 0.8 < order("euler", 128) < 1.2
+
+
+def test_presets_are_the_columns_of_table_1():
+    controls = make_controls()
+    make_panel(controls)
+    expected = {
+        "VP": ("euler", "vp", "vp", "vp"),
+        "VE": ("euler", "ve", "ve", "none"),
+        "iDDPM": ("euler", "iddpm", "linear", "none"),
+        "EDM": ("heun", "edm", "linear", "none"),
+    }
+    for name, rows in expected.items():
+        values = preset(name)
+        assert tuple(values[row] for row in ("solver", "discretization", "schedule", "scaling")) == rows
+        assert (values["sigma_min"], values["sigma_max"]) == RANGES[rows[1]] and values["S_churn"] == 0
+        for key, value in values.items():
+            controls[key].value = value
+            assert controls[key].value == value  # within the control's range
+    assert finish(results(**START | {"view": FOUR})).keys() == expected.keys()
+
+
+def test_controls_that_change_nothing_are_switched_off():
+    controls = make_controls()
+    make_panel(controls)
+
+    def off():
+        return {name for name, widget in controls.items() if widget.disabled}
+
+    churn = {"S_min", "S_max", "S_noise"}
+    assert off() == {"guidance", "class_index", *churn}
+    controls["data"].value, controls["S_churn"].value = DIGITS, 10
+    assert off() == set()
+    controls["discretization"].value = "vp"
+    assert off() == {"rho"}
+    controls["solver"].value = "ddim"
+    assert off() == {"discretization", "schedule", "scaling", "rho", "sigma_min", "sigma_max", "S_churn", *churn}
+    assert not playground.applies("solver", START | {"view": FOUR}) and playground.applies("N", START | {"view": FOUR})
+
+
+def test_ddim_and_churn_and_impossible_settings():
+    ddim = result(solver="ddim", N=50)
+    assert ddim.run.evaluations == 50 and ddim.run.sigma[0] > 150 and ddim.error < 0.1
+    churned = [result(S_churn=40.0, S_noise=noise) for noise in (1.0, 1.1)]
+    assert "random" in churned[0].caption() and not torch.equal(churned[0].run.x[-1], churned[1].run.x[-1])
+    with pytest.raises(UserError, match="lower sigma_min"):
+        finish(results(**START | preset("VP") | {"sigma_min": 1.0}))
+    with pytest.raises(UserError, match="S_min"):
+        playground.sampler_config("two peaks", 8, S_min=2.0, S_max=1.0)
+
+
+def test_a_solution_is_continued_where_it_was_interrupted():
+    settings = START | {"seed": 7}
+    computation = results(**settings)
+    for _ in range(500):
+        next(computation)
+    computation.close()
+    exact = solution("two peaks", 80.0, 1.0, 7, None)
+    assert exact.run is None and sum(1 for _ in exact.steps) < 1000 - 450
+    assert exact.run.evaluations == 1999 and finish(results(**settings))[ONE].solution is exact
+
+
+def test_digits_are_drawn_by_the_shipped_network(monkeypatch):
+    """Guidance doubles the evaluations; the class holds for all ten; there is a figure before and after the solution."""
+    solution.cache_clear()
+    problem = playground.problem(DIGITS)
+    monkeypatch.setattr(playground, "problem", lambda data: problem._replace(fine=3, count=2))
+    settings = START | {"data": DIGITS, "N": 2, "class_index": 3}
+    found = finish(results(**settings))[ONE]
+    assert found.run.evaluations == 6 and found.run.x.shape == (3, 2, 1, 32, 32)
+    assert finish(results(**settings | {"guidance": 1.0}))[ONE].run.evaluations == 3
+    other = finish(results(**settings | {"class_index": "all"}))[ONE]
+    assert not torch.equal(other.run.x[-1], found.run.x[-1]) and found.error > 0
+    solution.cache_clear()
+    figures = [figure for figure in playground.draw(**settings) if figure]
+    assert len(figures) == 2 and all(isinstance(figure, Figure) for figure in figures)
+
+
+@pytest.mark.parametrize("view", [ONE, FOUR])
+@pytest.mark.parametrize("data", ["two points", "2-D mixture", "2-D spiral"])
+def test_every_toy_problem_is_drawn(data, view, monkeypatch):
+    solution.cache_clear()
+    problem = playground.problem(data)
+    monkeypatch.setattr(playground, "problem", lambda data: problem._replace(fine=20))
+    figure = finish(playground.draw(**START | {"data": data, "view": view}))
+    assert len(figure.axes) == (8 if view == FOUR else 2) and module.png(figure)
+    solution.cache_clear()
