@@ -116,6 +116,7 @@ def test_a_compiled_network_that_computes_something_else_is_left_out(train, tiny
             compiled = last(train(tiny, *options, "training.compile=true", output=precision))
         finally:
             torch.compiler.set_stance("default")
+            torch.compiler.reset()
         assert ("The network is not compiled: torch.compile changes D by " in capsys.readouterr().out) == says
         assert same(compiled["losses"], eager["losses"]) == says
 
