@@ -16,8 +16,7 @@ from lab.cli import Parser, UserError, run_script, seed_list
 from lab.config import Config, with_overrides
 from lab.data import HAVE_TEST_SETS, as_tensors, open_dataset, to_model_range, to_uint8
 from lab.device import autocast, autocast_dtype, explain_device_errors, pick_device
-from lab.generate import add_checkpoint_arguments, class_labels, generate, grid_columns, load_denoiser
-from lab.seeds import ImageNoise
+from lab.generate import add_checkpoint_arguments, class_labels, generate, grid_columns, load_denoiser, noise_and_labels
 
 NUM_COLUMNS = 10  # of a filmstrip
 NUM_FRAMES = 40  # of an animation
@@ -65,10 +64,7 @@ def reverse_process(
 
     Here `denoised` is computed anew at the end of the step; the sampler yields the one from its start.
     """
-    dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple GPUs have no float64
-    noise = ImageNoise(seeds, (config.data.channels, config.data.resolution, config.data.resolution), device, dtype)
-    labels = class_labels(seeds, config.network.label_dim, class_index)
-    labels = labels if labels is None else labels.to(device)
+    noise, labels = noise_and_labels(seeds, config, device, class_index)
     D, found = with_guidance_and_clipping(denoiser, config), []
     states = build_sampler(config)(denoiser, noise(), labels, noise)
     with autocast(device, precision):

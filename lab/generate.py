@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -80,7 +80,7 @@ def check_chain(config: Config, own: Config, path: Path) -> None:
         )
 
 
-def class_labels(seeds: list[int], label_dim: int, class_index: int | None = None) -> torch.Tensor | None:
+def class_labels(seeds: Sequence[int], label_dim: int, class_index: int | None = None) -> torch.Tensor | None:
     """Return one-hot labels (B, label_dim): of one class, or of all classes in turn, seed by seed. None without classes."""
     if not label_dim:
         return None
@@ -91,6 +91,16 @@ def grid_columns(seeds: list[int], label_dim: int, class_index: int | None = Non
     """Return the number of columns of a grid with one for each class, if the classes take turns; else None."""
     in_turn = label_dim and all(seed % label_dim == index % label_dim for index, seed in enumerate(seeds))
     return label_dim if in_turn and class_index is None and label_dim <= 20 else None
+
+
+def noise_and_labels(
+    seeds: Sequence[int], config: Config, device: torch.device, class_index: int | None = None
+) -> tuple[ImageNoise, torch.Tensor | None]:
+    """Return the noise that images with these seeds are sampled from, and their labels as in `class_labels`, on the device."""
+    shape = (config.data.channels, config.data.resolution, config.data.resolution)
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple GPUs have no float64
+    labels = class_labels(seeds, config.network.label_dim, class_index)
+    return ImageNoise(seeds, shape, device, dtype), labels if labels is None else labels.to(device)
 
 
 def generate(
@@ -119,18 +129,15 @@ def generate(
         (B, C, H, W) uint8 on the CPU, batch after batch.
     """
     world, sampler, num_steps = world or World(), build_sampler(config), config.sampler.sampling_steps
-    shape = (config.data.channels, config.data.resolution, config.data.resolution)
-    dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     batch_size = min(batch_size, math.ceil(len(seeds) / world.size))
     batch_size = math.ceil(len(seeds) / math.ceil(len(seeds) / batch_size))  # batches of about the same size
     batches = [seeds[start : start + batch_size] for start in range(0, len(seeds), batch_size)]
     rounds = [batches[start : start + world.size] for start in range(0, len(batches), world.size)]
 
     def sample_batch(seeds: list[int]) -> torch.Tensor:
-        noise = ImageNoise(seeds, shape, device, dtype)
-        labels = class_labels(seeds, config.network.label_dim, class_index)
+        noise, labels = noise_and_labels(seeds, config, device, class_index)
         with torch.no_grad(), autocast(device, precision):
-            for state in sampler(denoiser, noise(), labels if labels is None else labels.to(device), noise):
+            for state in sampler(denoiser, noise(), labels, noise):
                 images = state.x
                 bar.update()
         return to_uint8(images).cpu()

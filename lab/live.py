@@ -210,7 +210,9 @@ def show(view: "widgets.Widget | None", picture: bytes | None, alt: str, error: 
     """
     from IPython.display import display
 
-    data = view._repr_mimebundle_() if view else {} if picture else {"text/html": error}
+    data = view._repr_mimebundle_() if view else {}
+    if not view and not picture:
+        data = {"text/html": error}
     if picture:
         data |= {"image/png": base64.b64encode(picture).decode(), "text/plain": alt}
     display(data, metadata={"image/png": {"alt": alt}}, raw=True)

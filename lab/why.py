@@ -14,9 +14,8 @@ from lab.cli import Parser, run_script, whole_number
 from lab.config import Config, with_overrides
 from lab.data import to_uint8
 from lab.device import autocast, autocast_dtype, explain_device_errors, pick_device
-from lab.generate import add_checkpoint_arguments, class_labels, load_denoiser
+from lab.generate import add_checkpoint_arguments, load_denoiser, noise_and_labels
 from lab.metrics import Comparison, real_images
-from lab.seeds import ImageNoise
 
 SAMPLERS = {  # the sampling rows of Table 1
     "VP": {"discretization": "vp", "schedule": "vp", "scaling": "vp", "solver": "euler"},
@@ -69,12 +68,10 @@ def sample_images(
 ) -> torch.Tensor:
     """Return the samples of these seeds as the sampler leaves them, (B, C, H, W) on the CPU, neither clipped nor rounded."""
     sampler, parts = build_sampler(config), []
-    shape = (config.data.channels, config.data.resolution, config.data.resolution)
     for batch in (seeds[start : start + BATCH_SIZE] for start in range(0, len(seeds), BATCH_SIZE)):
-        noise = ImageNoise(batch, shape, device, torch.float32 if device.type == "mps" else torch.float64)
-        labels = class_labels(batch, config.network.label_dim)
+        noise, labels = noise_and_labels(batch, config, device)
         with autocast(device, precision):
-            *_, last = sampler(denoiser, noise(), labels if labels is None else labels.to(device), noise)
+            *_, last = sampler(denoiser, noise(), labels, noise)
         parts.append(last.x.cpu())
     return torch.cat(parts)
 

@@ -72,7 +72,7 @@ def names(source: str, context: type[ast.expr_context]) -> set[str]:
 
 def cells_around(index: int) -> list[int]:
     """The cells that the edited one needs, itself, and the other figures that need it; no checks."""
-    defined, needed = [names(cell.source, ast.Store) for cell in CODE], {index}
+    defined, needed = [names(cell.source, ast.Store) for cell in CODE], {0, index}  # 0 finds the repository
     for cell in range(index + 1, len(CODE)):
         if not is_check(CODE[cell]) and names(CODE[cell].source, ast.Load) & defined[index]:
             needed.add(cell)
@@ -150,7 +150,7 @@ def test_it_follows_the_paper_and_reimplements_nothing():
     assert texts.count("<details>") == 2 * texts.count("**Exercises") >= 14
     modules = exact, loss, precond, sampler, schedule
     own = {name for module in modules for name, value in vars(module).items() if callable(value)}
-    sources = [*(cell.source for cell in CODE), (PATH.parent / "figures.py").read_text()]
+    sources = [*(cell.source for cell in CODE), *(path.read_text() for path in PATH.parent.glob("*.py"))]
     nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
     defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     assert {"edm_steps", "sample", "Schedule"} < own and "wasserstein" in defined
