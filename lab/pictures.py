@@ -102,7 +102,7 @@ def draw_table(images: torch.Tensor, rows: list[str], columns: list[str], title:
 
     table = grid(images.flatten(0, 1), columns=images.shape[1]).permute(1, 2, 0).numpy()
     height, width = (SCALE * size for size in table.shape[:2])  # in pixels, as all that follows
-    left = 9 * max(map(len, rows)) + 12 if rows else 0
+    left = 10 * max(map(len, rows)) + 12 if rows else 0
     top = 22 * (bool(columns) + bool(title))
     figure = Figure(layout="none")
     figure.set_size_inches((left + width) / figure.dpi, (height + top) / figure.dpi)

@@ -209,17 +209,19 @@ def draw(**settings: object) -> Iterator[Figure | None]:
         yield found and (draw_digits if settings["data"] == DIGITS else draw_paths)(of, found)
 
 
-def figure_of(height: int) -> Figure:
+def figure_of(height: int, layout: str) -> Figure:
     """Return a figure of 900 pixels' width; `height` is in pixels."""
-    return Figure(figsize=(900 / 128, height / 128), dpi=128, layout="constrained")
+    return Figure(figsize=(900 / 128, height / 128), dpi=128, layout=layout)
 
 
 @style()
 def draw_paths(of: Problem, found: dict[str, Result]) -> Figure:
     """Draw the paths s(t) x, whole and below noise level 1, over the solutions in grey."""
     four = len(found) > 1
-    figure = figure_of(560 if four else 400)
+    figure = figure_of(560 if four else 400, "none")
     columns = figure.subplots(2, 4).T if four else [figure.subplots(1, 2)]
+    margins = {"left": 0.06, "right": 0.965, "wspace": 0.35, "hspace": 0.35} if four else {"left": 0.09, "right": 0.98}
+    figure.subplots_adjust(bottom=0.13, top=0.87 if four else 0.91, **margins)  # a computed layout takes longer than the rest
     for (name, result), panels in zip(found.items(), columns):
         for panel, highest in zip(panels, (result.run.sigma[0], 1.0)):
             draw_panel(panel, of, result, COLORS.get(name, COLORS["EDM"]), highest, bare=four)
@@ -272,7 +274,7 @@ def draw_digits(of: Problem, found: dict[str, Result]) -> Figure:
     images = [result.run.x[-1] for result in found.values()] + [exact.run.x[-1] if exact.run else torch.zeros_like(run.x[-1])]
     names = [f"{name}\n{result.caption(chr(10))}" if four else result.caption("\n") for name, result in found.items()]
     names.append(f"{of.fine} steps" if exact.run else f"{of.fine} steps: computing")
-    figure = figure_of(430)
+    figure = figure_of(430, "constrained")
     digits, film = figure.subplots(2) if not four else (figure.subplots(), None)
     show_images(digits, torch.stack(images), names)
     if film:

@@ -10,7 +10,7 @@ from edm.precond import PreconditionedDenoiser
 from lab import pictures
 from lab.build import build_sampler
 from lab.checkpoint import write_atomically
-from lab.cli import Parser, run_script, whole_number
+from lab.cli import Parser, UserError, run_script, whole_number
 from lab.config import Config, with_overrides
 from lab.data import to_uint8
 from lab.device import autocast, autocast_dtype, explain_device_errors, pick_device
@@ -37,6 +37,7 @@ def main() -> None:
     add = parser.add_argument
     add("overrides", nargs="*", metavar="section.key=value", help="replace entries of the checkpoint's config")
     add_checkpoint_arguments(parser)
+    add("--second", type=Path, metavar="CHECKPOINT", help="a second network of the same data, whose quality is drawn as well")
     add("--samples", type=whole_number(NUM_SOLVED), default=150, help="samples of each Frechet distance (default: 150)")
     add("--data_root", help="short for data.root=VALUE")
     add("--output", type=Path, default=Path("assets/why.png"), help="the picture (default: assets/why.png); its figures: .json")
@@ -46,13 +47,29 @@ def main() -> None:
     precision = autocast_dtype(args.mixed_precision, device)
     pictures.check_writable(args.output)
     with explain_device_errors("choose fp16 or bf16 for --mixed_precision"):
-        config, denoiser, _ = load_denoiser(args.checkpoint, args.config_path, overrides, device)
+        networks = {args.checkpoint: load_denoiser(args.checkpoint, args.config_path, overrides, device)}
+        config = networks[args.checkpoint][0]
+        if args.second:
+            networks[args.second] = load_denoiser(args.second, None, overrides, device)
+            check_same_data(config, networks[args.second][0], args.second)
         comparison = Comparison(config, *real_images(config), device, Path("output/classifier"))
-        figures, images = measure(denoiser, config, args.samples, comparison, device, precision)
+        measured = {
+            path.name: measure(denoiser, config, args.samples, comparison, device, precision)
+            for path, (config, denoiser, _) in networks.items()
+        }
+    figures = {name: found for name, (found, _) in measured.items()}
     print_table(figures)
     write_atomically(args.output.with_suffix(".json"), lambda file: file.write(json.dumps(figures, indent=1).encode()))
-    draw(args.output, figures, images)
+    draw(args.output, figures, measured[args.checkpoint.name][1])
     print(f"the picture is {args.output}")
+
+
+def check_same_data(config: Config, second: Config, path: Path) -> None:
+    """Raise a `UserError` if the second network, of this path, was trained on other data than the first."""
+    for key in ("dataset", "resolution", "channels"):
+        first, other = getattr(config.data, key), getattr(second.data, key)
+        if first != other:
+            raise UserError(f"--second: {path} has data.{key} {other}, the first checkpoint has {first}")
 
 
 def with_sampler(config: Config, choices: dict[str, str], evaluations: int) -> Config:
@@ -132,31 +149,37 @@ def measure(
     return figures, to_uint8(torch.stack(shown)).unflatten(0, (len(SAMPLERS), -1))
 
 
-def print_table(figures: dict) -> None:
-    """Print the distances of every sampler, and how far the exact solutions are apart."""
-    print(f"{'guidance ' + format(figures['guidance'], 'g'):<14}evaluations    rms distance    Frechet distance")
-    for name, curve in figures["samplers"].items():
-        for cost, distance, quality in zip(curve["evaluations"], curve["rms_distance"], curve["frechet_distance"]):
-            print(f"{name:<14}{cost:>11.0f}{distance:>16.4f}{quality:>20.1f}")
-    print(f"{'real images':<41}{figures['floor']:>20.1f}")
-    print("exact solutions, rms distance from EDM's:", *(f"{n} {c['from_edm']:.4f}" for n, c in figures["samplers"].items()))
+def print_table(figures: dict[str, dict]) -> None:
+    """Print the distances of every sampler on every network, and how far the exact solutions are apart."""
+    for network, found in figures.items():
+        print(f"{network}, guidance {found['guidance']:g}")
+        print(f"{'':<14}evaluations    rms distance    Frechet distance")
+        for name, curve in found["samplers"].items():
+            for cost, distance, quality in zip(curve["evaluations"], curve["rms_distance"], curve["frechet_distance"]):
+                print(f"{name:<14}{cost:>11.0f}{distance:>16.4f}{quality:>20.1f}")
+        print(f"{'real images':<41}{found['floor']:>20.1f}")
+        between = (f"{name} {curve['from_edm']:.4f}" for name, curve in found["samplers"].items())
+        print("exact solutions, rms distance from EDM's:", *between)
 
 
-def draw(path: Path, figures: dict, images: torch.Tensor) -> None:
-    """Draw the samples at twice their size, and the distances below them.
+def draw(path: Path, figures: dict[str, dict], images: torch.Tensor) -> None:
+    """Draw the samples at twice their size; below, their distance from the exact solution, and the quality of each network.
 
     Args:
-        figures, images: as returned by `measure`.
+        figures: by the networks' names, as returned by `measure`.
+        images: the first network's, as returned by `measure`.
     """
     from matplotlib.figure import Figure  # slow to import
     from matplotlib.ticker import LogLocator
     from torchvision.utils import make_grid
 
-    curves = figures["samplers"]
+    first, *_ = figures.values()
+    curves = first["samplers"]
     cells = torch.cat(images.unbind(dim=2), dim=-1)  # (samplers, costs and exact, C, H, NUM_SHOWN W)
     table = make_grid(cells.flatten(0, 1).expand(-1, 3, -1, -1), nrow=cells.shape[1], padding=3, pad_value=255)
     table_height, table_width = (2 * size for size in table.shape[1:])
-    width, height, left, top, bottom = table_width + 88, table_height + 490, 70, 70, 55  # pixels
+    inner = max(table_width, 800)  # wide enough for the curves below
+    width, height, left, top, bottom = inner + 88, table_height + 490, 70, 70, 55  # pixels
     figure = Figure(figsize=(width / 100, height / 100), dpi=100)
 
     def axes_at(x: float, y: float, w: float, h: float):
@@ -173,31 +196,36 @@ def draw(path: Path, figures: dict, images: torch.Tensor) -> None:
     grid.xaxis.tick_top()
     grid.tick_params(length=0)
     grid.spines[:].set_visible(False)
-    guided = f", guidance {figures['guidance']:g}" if figures["guidance"] != 1 else ""
+    guided = f", guidance {first['guidance']:g}" if first["guidance"] != 1 else ""
     grid.set_title(f"One network, the same noise{guided}: samples after so many evaluations of the network", pad=10)
 
-    half, below = (table_width - 80) / 2, top + table_height + 80
-    error, quality = (axes_at(x, below, half, height - below - bottom) for x in (left, left + half + 80))
+    panels, below, gap = 1 + len(figures), top + table_height + 80, 60
+    size = (inner - gap * (panels - 1)) / panels, height - below - bottom
+    error, *qualities = (axes_at(left + place * (size[0] + gap), below, *size) for place in range(panels))
     for name, curve in curves.items():
-        label = f"{name} ({SAMPLERS[name]['solver'].capitalize()})"
-        for axes, key in ((error, "rms_distance"), (quality, "frechet_distance")):
-            axes.plot(curve["evaluations"], curve[key], marker="o", color=COLORS[name], label=label)
+        error.plot(curve["evaluations"], curve["rms_distance"], marker="o", color=COLORS[name])
+    error.set_title(f"Distance from the exact solution\n({next(iter(figures))}, rms of {first['solved']} images)", fontsize=10)
+    for axes, (network, found) in zip(qualities, figures.items()):
+        for name, curve in found["samplers"].items():
+            label = f"{name} ({SAMPLERS[name]['solver'].capitalize()})"
+            axes.plot(curve["evaluations"], curve["frechet_distance"], marker="o", color=COLORS[name], label=label)
+        axes.axhline(found["floor"], color="gray", linestyle="--", label="as many real images")
+        axes.set_title(f"Fréchet distance, {found['samples']:,} samples\n({network})", fontsize=10)
     for order, name, offset in ((1, "VP", 3), (2, "EDM", 0.5)):  # how an error of this order falls, above or below the curve
-        (first, last), end = curves[name]["evaluations"][-2:], offset * curves[name]["rms_distance"][-1]
-        start = end * (last / first) ** order
-        error.plot([first, last], [start, end], color="gray", linestyle=":")
-        error.annotate(f"order {order}", (first, start), (-4, 0), textcoords="offset points", ha="right", va="center")
-    quality.axhline(figures["floor"], color="gray", linestyle="--", label="as many real images")
-    error.set_title(f"Distance from the exact solution (rms, {figures['solved']} images)", fontsize=10)
-    quality.set_title(f"Fréchet distance of {figures['samples']:,} samples from real images", fontsize=10)
-    for axes in (error, quality):
-        axes.set(xlabel="network evaluations per image", xscale="log", yscale="log")
+        (left_end, right_end), end = curves[name]["evaluations"][-2:], offset * curves[name]["rms_distance"][-1]
+        start = end * (right_end / left_end) ** order
+        error.plot([left_end, right_end], [start, end], color="gray", linestyle=":")
+        error.annotate(f"order {order}", (left_end, start), (-4, 0), textcoords="offset points", ha="right", va="center")
+    for axes in (error, *qualities):
+        axes.set(xlabel="evaluations per image", xscale="log", yscale="log")
         axes.set_xticks(curves["EDM"]["evaluations"], columns)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    quality.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    quality.yaxis.set_major_formatter("{x:g}")
-    figure.legend(*quality.get_legend_handles_labels(), loc="center", bbox_to_anchor=(0.5, 1 - (below - 48) / height), ncols=5)
+    for axes in qualities:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+    anchor = (0.5, 1 - (below - 58) / height)
+    figure.legend(*qualities[0].get_legend_handles_labels(), loc="center", bbox_to_anchor=anchor, ncols=5)
     pictures.save_figure(path, figure)
 
 

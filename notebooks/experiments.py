@@ -4,7 +4,7 @@ import functools
 import math
 import sys
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ COLUMNS = {  # of Table 1: time steps, schedule and scaling; solver
     "VE": (("ve", "ve", "none"), "euler"),
     "iDDPM": (("iddpm", "linear", "none"), "euler"),
     "EDM": (("edm", "linear", "none"), "heun"),
+    "EDM's steps": (("edm", "linear", "none"), "euler"),  # not in Table 1: what is left of EDM without its solver
 }
 PRECONDITIONINGS = {"VP": VPPreconditioning(), "VE": VEPreconditioning(), "iDDPM": iDDPMPreconditioning()}
 
@@ -106,14 +107,35 @@ def errors_at_sigma_min(denoiser: Denoiser, step_counts: list[int], **options) -
     return [rms(before_last(edm_steps(count), **options) - solution) for count in step_counts]
 
 
-def errors_of_steps(denoiser: Denoiser, latents: torch.Tensor, sigma_steps: torch.Tensor, solver: str) -> torch.Tensor:
-    """Return the RMS error that each step but the last adds, (N - 1,), each started on the solution."""
-    x, found = latents * sigma_steps[0], []
+def errors_of_steps(
+    denoiser: Denoiser, latents: torch.Tensor, sigma_steps: torch.Tensor, parts: int = 8
+) -> dict[str, torch.Tensor]:
+    """Return the RMS error that each step but the last adds, (N - 1,), by Euler's and by Heun's method.
+
+    Each step starts where steps `parts` times as short lead to, and its error is the distance from where they lead next.
+    """
+    x, found = latents * sigma_steps[0], {"euler": [], "heun": []}
     for sigma, sigma_next in pairwise(sigma_steps[:-1].tolist()):
-        *_, solution, _ = sample(denoiser, x / sigma, edm_steps(9, sigma_next, sigma))
-        steps = torch.tensor([sigma, sigma_next, 0], dtype=torch.float64)
-        found.append(rms(next(sample(denoiser, x / sigma, steps, solver=solver)).x - solution.x))
+        *_, solution = islice(sample(denoiser, x / sigma, edm_steps(parts + 1, sigma_next, sigma)), parts)
+        step = torch.tensor([sigma, sigma_next, 0], dtype=torch.float64)
+        for solver, errors in found.items():
+            errors.append(rms(next(sample(denoiser, x / sigma, step, solver=solver)).x - solution.x))
         x = solution.x
+    return {solver: torch.tensor(errors) for solver, errors in found.items()}
+
+
+def errors_of_network(
+    network: Denoiser, ideal: Denoiser, clean: torch.Tensor, noise: torch.Tensor, sigma_steps: torch.Tensor
+) -> torch.Tensor:
+    """Return the RMS error that the network's D adds to each step but the last, (N - 1,), on these images with this noise.
+
+    A step of Euler's method from sigma to sigma' moves x by (1 - sigma' / sigma) (D - x), so it takes over this share of the
+    difference between the network's D and the ideal one.
+    """
+    found = []
+    for sigma, sigma_next in pairwise(sigma_steps[:-1].tolist()):
+        x = clean + sigma * noise
+        found.append((1 - sigma_next / sigma) * rms(network(x, sigma) - ideal(x, sigma)))
     return torch.tensor(found)
 
 

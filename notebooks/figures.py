@@ -90,6 +90,19 @@ def score_field(data: GaussianMixture, sigma: float) -> Figure:
     return figure
 
 
+def sources_of_error(sigma_steps: torch.Tensor, network: torch.Tensor, steps: dict[str, torch.Tensor], title: str) -> Figure:
+    """Draw the error that each step but the last adds, (N - 1,), by the network and by the truncation of two methods."""
+    figure, panel = canvas(1, width=7.5, height=3.4)
+    curves = {"network": network, "truncation, Euler": steps["euler"], "truncation, Heun": steps["heun"]}
+    for (name, curve), color, line in zip(curves.items(), ("black", COLORS["EDM"], COLORS["EDM"]), ("o-", "o:", "o-")):
+        panel.loglog(sigma_steps[:-2], curve, line, color=color, markersize=4, label=name)
+    panel.set(xlabel=r"noise level $\sigma$ at which the step starts", ylabel="error of one step", xlim=(100, 4e-3))
+    panel.set(ylim=(1e-5, 1), title=title)
+    panel.legend(fontsize=8)
+    panel.grid(alpha=0.3)
+    return figure
+
+
 def figure_3(denoiser: Denoiser, num_steps: int, solver: str = "euler", top: float = 25.0) -> Figure:
     """Draw solutions of the ODE of VP, VE and EDM, and the steps of a solver; below, the part from sigma = 1 on."""
     latents, figure = normals(10), Figure(figsize=(9, 4.8), layout="constrained")
@@ -129,9 +142,8 @@ def step_errors(denoiser: Denoiser, latents: torch.Tensor, rho: float, num_steps
     """Draw the error that each step adds, for Euler's and Heun's method, and where the steps lie."""
     figure, (left, right) = canvas(2, height=3.5, width_ratios=(3, 2))
     steps = edm_steps(num_steps, rho=rho)
-    for solver, line in (("euler", "o:"), ("heun", "o-")):
-        found = errors_of_steps(denoiser, latents, steps, solver)
-        left.loglog(steps[:-2], found, line, color=COLORS["EDM"], markersize=4, label=solver.capitalize())
+    for (solver, errors), line in zip(errors_of_steps(denoiser, latents, steps).items(), ("o:", "o-")):
+        left.loglog(steps[:-2], errors, line, color=COLORS["EDM"], markersize=4, label=solver.capitalize())
     left.set(
         xlabel=r"noise level $\sigma$ at which the step starts", ylabel="error of one step", ylim=(1e-6, 5), xlim=(1e-3, 150)
     )
@@ -166,8 +178,9 @@ def equal_cost(found: dict[str, dict[str, list[float]]], budgets: list[int]) -> 
     for panel, (title, errors) in zip(axes[0], found.items()):
         for name, curve in errors.items():
             width = 4 if name == "VP" else 1.5  # iDDPM's curve can lie on it
+            line, color = ("o-", COLORS[name]) if name in COLORS else ("o:", COLORS["EDM"])
             label = f"{name} ({COLUMNS[name][1]})"
-            panel.loglog(budgets, curve, "o-", color=COLORS[name], linewidth=width, markersize=3, label=label)
+            panel.loglog(budgets, curve, line, color=color, linewidth=width, markersize=3, label=label)
         panel.set(xlabel="evaluations of D", ylabel="error of the samples", title=title)
         panel.minorticks_off()
         panel.set_xticks(budgets, budgets)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -61,7 +62,7 @@ def test_the_samples_are_drawn_at_twice_their_size(measured, tmp_path):
     figures, images = measured
     assert images.shape == (4, 4, why.NUM_SHOWN, 1, 8, 8)
     images = torch.randint(0, 256, images.shape, generator=torch.Generator().manual_seed(0)).byte()
-    why.draw(tmp_path / "why.png", figures, images)
+    why.draw(tmp_path / "why.png", {"first.pt": figures, "second.pt": figures}, images)
     with Image.open(tmp_path / "why.png") as picture:
         for row, column, place in ((0, 0, 0), (3, 2, 1)):
             left, top = 70 + 2 * (3 + 19 * column + 8 * place), 70 + 2 * (3 + 11 * row)
@@ -92,14 +93,17 @@ def test_the_command_writes_a_picture_and_its_figures(trained, script, monkeypat
     monkeypatch.setattr(why, "EXACT", 9)
     monkeypatch.setattr("lab.metrics.MIN_STEPS", 5)
     monkeypatch.setattr("runpy.run_path", lambda *args, **options: why.main())  # it would read the constants anew
-    arguments = ("--checkpoint", trained, "--samples", 10, "--output", "new/why.png")
+    shutil.copy(trained, tmp_path / "second.pt")
+    arguments = ("--checkpoint", trained, "--second", "second.pt", "--samples", 10, "--output", "new/why.png")
     for guidance, costs in ((1, [3, 5]), (2, [6, 10])):
         code, out, err = script("lab/why.py", *arguments, *([f"sampler.guidance={guidance}"] if guidance > 1 else []))
         assert code == 0, err
         figures = json.loads((tmp_path / "new/why.json").read_text())
-        assert (figures["guidance"], figures["samples"]) == (guidance, 10)
-        assert [curve["evaluations"] for curve in figures["samplers"].values()] == [costs] * 4
-        assert f"{figures['samplers']['EDM']['rms_distance'][1]:.4f}" in out
+        assert [*figures] == [trained.name, "second.pt"]
+        for found in figures.values():
+            assert (found["guidance"], found["samples"]) == (guidance, 10)
+            assert [curve["evaluations"] for curve in found["samplers"].values()] == [costs] * 4
+            assert f"{found['samplers']['EDM']['rms_distance'][1]:.4f}" in out
         with Image.open(tmp_path / "new/why.png") as picture:
             assert picture.size[1] > 400
 
@@ -108,6 +112,7 @@ def test_what_cannot_be_drawn_is_one_line(trained, script):
     for arguments, message in (
         ("--samples 9", "'9' is not a whole number from 10"),
         ("--output .", "cannot write"),
+        ("--second nowhere.pt", "nowhere.pt"),
         ("--data_root nowhere", "data.root: 'nowhere' is not a folder"),
     ):
         code, _, err = script("lab/why.py", "--checkpoint", trained, *arguments.split())
