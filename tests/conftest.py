@@ -2,13 +2,16 @@
 
 import contextlib
 import functools
+import http.server
 import itertools
 import json
 import math
 import os
 import runpy
+import shutil
 import subprocess
 import sys
+import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -229,6 +232,42 @@ def start(tmp_path):
             process.communicate(timeout=30)
         process.kill()
         process.communicate()
+
+
+# Browsers. Their fixtures end with a file of tests, as nothing that runs an event loop of its own can run beside Playwright.
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium that Playwright drives."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("there is no Chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        """Print nothing."""
+
+
+@pytest.fixture(scope="module")
+def serve():
+    """serve(folder): the address of a web server of this folder."""
+    with contextlib.ExitStack() as servers:
+
+        def serve(folder: Path) -> str:
+            handler = functools.partial(QuietHandler, directory=folder)
+            server = servers.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+            servers.callback(server.shutdown)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            return f"http://127.0.0.1:{server.server_port}/"
+
+        yield serve
 
 
 @pytest.fixture

@@ -15,8 +15,6 @@ from ipykernel.kernelspec import install
 pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 expect = playwright.expect
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 
 PLAYGROUND = """import sys
 sys.path.insert(0, "..")
@@ -72,25 +70,23 @@ def server(tmp_path, notebooks):
 
 
 @pytest.fixture
-def page(server):
+def page(server, browser):
     """page(notebook): a browser's page that shows the notebook after Run All."""
     address, token = server
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1300, "height": 1000})
-        page.set_default_timeout(60_000)
+    page = browser.new_page(viewport={"width": 1300, "height": 1000})
+    page.set_default_timeout(60_000)
 
-        def run(notebook: str):
-            page.goto(f"{address}/lab/tree/{notebook}?{token}")
-            page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
-            page.get_by_role("menuitem", name="Run", exact=True).click()
-            page.get_by_text("Run All Cells", exact=True).click()
-            last = page.locator(".jp-CodeCell .jp-InputPrompt").last
-            expect(last).to_have_text(re.compile(r"\[\d+\]:"), timeout=240_000)
-            return page
+    def run(notebook: str):
+        page.goto(f"{address}/lab/tree/{notebook}?{token}")
+        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_text("Run All Cells", exact=True).click()
+        last = page.locator(".jp-CodeCell .jp-InputPrompt").last
+        expect(last).to_have_text(re.compile(r"\[\d+\]:"), timeout=240_000)
+        return page
 
-        yield run
-        browser.close()
+    yield run
+    page.close()
 
 
 def change(picture, action) -> None:

@@ -12,12 +12,12 @@ from lab.config import SECTIONS
 ROOT = Path(__file__).parents[2]
 MODULES = {path.stem: f"{path.parent.name}.{path.stem}" for path in [*ROOT.glob("edm/*.py"), *ROOT.glob("lab/*.py")]}
 SCRIPTS = [
-    *("train_mnist.py", "sample.py", "lab/evaluate.py", "lab/gallery.py", "lab/why.py"),
+    *("train_mnist.py", "sample.py", "lab/evaluate.py", "lab/gallery.py", "lab/why.py", "lab/export_onnx.py"),
     *("benchmarks/throughput.py", "benchmarks/gpu.py"),
 ]
-FOLDERS = "assets|benchmarks|configs|docs|edm|lab|notebooks|tests"
+FOLDERS = "assets|benchmarks|configs|docs|edm|lab|notebooks|playground|tests"
 FILES = [*ROOT.glob("*"), *(path for folder in FOLDERS.split("|") for path in ROOT.glob(f"{folder}/**/*"))]
-SUFFIXES = ("gif", "json", "jsonl", "md", "png", "pt", "py", "yaml")
+SUFFIXES = ("gif", "js", "json", "jsonl", "md", "onnx", "png", "pt", "py", "yaml")
 
 
 @pytest.fixture(params=[ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=lambda path: path.name)
@@ -47,7 +47,7 @@ def test_links_files_and_tests_exist(document):
     text = document.read_text()
     tests = {name for path in FILES if path.suffix == ".py" for name in re.findall(r"def (test_\w+)", path.read_text())}
     assert not {name for name in re.findall(r"\btest_\w+\b(?!\.py)", text)} - tests
-    assert not {name for name in re.findall(r"\b\w+\.(?:ipynb|py|yaml)\b", text)} - {path.name for path in FILES}
+    assert not {name for name in re.findall(r"\b\w+\.(?:ipynb|js|py|yaml)\b", text)} - {path.name for path in FILES}
     assert not [name for name in re.findall(rf"(?<![\w./-])(?:{FOLDERS})/[\w./]*\w", text) if not (ROOT / name).exists()]
     links = re.findall(r"\]\(([^)#\s]+)", text)
     assert not [link for link in links if "://" not in link and not (document.parent / link).exists()]

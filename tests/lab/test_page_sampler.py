@@ -1,12 +1,7 @@
 """The samplers and the network of the page in `playground/` give what Python's give, in a real browser."""
 
-import contextlib
-import functools
-import http.server
 import itertools
 import json
-import shutil
-import threading
 import urllib.request
 
 import pytest
@@ -18,10 +13,6 @@ from edm.sampler import SOLVERS, guided, sample
 from edm.schedule import DISCRETIZATIONS, RANGES, SCALINGS, SCHEDULES, table_1
 from lab.data import to_uint8
 from lab.generate import load_denoiser
-
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 
 POINTS = [-1.0, 1.0]  # the data of the denoiser in closed form
 CDN = "https://cdn.jsdelivr.net"
@@ -81,35 +72,16 @@ CANCEL = """async (request) => {
 TRY_TO_LOAD = f"async () => {{ try {{ await ({LOAD})() }} catch (error) {{ return error.message }} }}"
 
 
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        """Print nothing."""
-
-
 @pytest.fixture(scope="module")
-def browser():
-    """A browser."""
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def open_page(browser):
+def open_page(browser, serve):
     """open_page(folder): a blank page of a server of this folder."""
-    with contextlib.ExitStack() as servers:
 
-        def open_page(folder):
-            handler = functools.partial(QuietHandler, directory=folder)
-            server = servers.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
-            servers.callback(server.shutdown)
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            page = browser.new_page()
-            page.goto(f"http://127.0.0.1:{server.server_port}/package.json")
-            return page
+    def open_page(folder):
+        page = browser.new_page()
+        page.goto(serve(folder) + "package.json")
+        return page
 
-        yield open_page
+    return open_page
 
 
 @pytest.fixture(scope="module")
