@@ -32,6 +32,8 @@ def main() -> None:
     add("--output", type=Path, required=True, help="the .onnx file to write")
     args = parser.parse_args()
     check_packages()
+    if args.output.suffix != ".onnx":
+        raise UserError(f"--output: the name {args.output.name} does not end in .onnx")
     check_writable(args.output)
     config, denoiser, _ = load_denoiser(args.checkpoint, args.config_path, [], torch.device("cpu"))
     data, precision, difference = export(denoiser, config)
@@ -112,7 +114,7 @@ def to_onnx(denoiser: PreconditionedDenoiser, config: Config) -> "onnx.ModelProt
     """
     inputs = example(config, sigma=1.0, batch_size=5)  # a size that no other axis has
     batch = torch.export.Dim("batch", min=1, max=4096)
-    logging.disable(logging.ERROR)  # the exporter talks about its own inside
+    logging.disable(logging.ERROR)  # the exporter logs its internals
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.functional import cross_entropy, interpolate, one_hot
 from tqdm import tqdm
 
 from lab import checkpoint
@@ -281,9 +281,13 @@ class Comparison:
                 figures["right_class"] = (predicted == labels).double().mean().item()
         return figures
 
-    def real_samples(self, count: int) -> LabelledImages:
-        """Return up to `count` real images outside the reference, in random order."""
-        places = random_order(len(self.others.images))[:count]
+    def real_samples(self, count: int, balanced: bool = False) -> LabelledImages:
+        """Return up to `count` real images outside the reference, in random order; balanced, as many of every class."""
+        places = random_order(len(self.others.images))
+        if balanced:  # the first image of every class, then the second of every class, and so on
+            labels = one_hot(self.others.labels[places], self.num_classes)
+            places = places[(labels * labels.cumsum(dim=0)).sum(dim=1).argsort(stable=True)]
+        places = places[:count]
         return LabelledImages(self.others.images[places], self.others.labels[places])
 
     def floor(self, count: int) -> dict:

@@ -1,6 +1,7 @@
 """Draw "Why EDM?": samples of one network by the samplers of Table 1's four columns, and their distances, at equal cost."""
 
 import json
+import statistics
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ EVALUATIONS = [5, 9, 17, 35, 79]  # odd, as N steps of Heun's method take 2 N - 
 EXACT = 999  # evaluations of the solution that counts as exact
 NUM_SOLVED = 10  # images of which there is an exact solution
 NUM_SHOWN = 2  # of them, in each cell of the picture
+FLOORS = 8  # sets of real images whose mean distance is the floor
 BATCH_SIZE = 100
 
 
@@ -115,10 +117,10 @@ def measure(
         num_samples: of each Frechet distance, `NUM_SOLVED` or more.
 
     Returns:
-        The figures: "guidance", "samples", "solved", "floor" (the Frechet distance of as many real images), and in "samplers"
-        for each one a list over the costs of "evaluations" per image, "rms_distance" from its exact solution and
-        "frechet_distance"; "from_edm" is the rms distance of its exact solution from EDM's. And uint8 images
-        (samplers, costs and exact, NUM_SHOWN, C, H, W).
+        The figures: "guidance", "samples", "solved", "floor" (the mean Frechet distance of sets of as many real images, of
+        every class equally many if the samples are), and in "samplers" for each one a list over the costs of "evaluations" per
+        image, "rms_distance" from its exact solution and "frechet_distance"; "from_edm" is the rms distance of its exact
+        solution from EDM's. And uint8 images (samplers, costs and exact, NUM_SHOWN, C, H, W).
     """
     counts, seeds, guidance = [], range(num_samples), config.sampler.guidance
     total = len(SAMPLERS) * (NUM_SOLVED * EXACT + num_samples * sum(EVALUATIONS)) * (1 if guidance == 1 else 2)
@@ -144,7 +146,9 @@ def measure(
             shown.append(exact[name][:NUM_SHOWN])
     for name, curve in samplers.items():
         curve["from_edm"] = rms(exact[name] - exact["EDM"])
-    floor = comparison.frechet_distance(comparison.real_samples(num_samples).images)
+    real = comparison.real_samples(FLOORS * num_samples, balanced=config.network.label_dim > 0).images
+    sets = real[: max(len(real) // num_samples, 1) * num_samples].split(num_samples)
+    floor = statistics.mean(map(comparison.frechet_distance, sets))
     figures = {"guidance": guidance, "samples": num_samples, "solved": NUM_SOLVED, "floor": floor, "samplers": samplers}
     return figures, to_uint8(torch.stack(shown)).unflatten(0, (len(SAMPLERS), -1))
 
@@ -197,7 +201,7 @@ def draw(path: Path, figures: dict[str, dict], images: torch.Tensor) -> None:
     grid.tick_params(length=0)
     grid.spines[:].set_visible(False)
     guided = f", guidance {first['guidance']:g}" if first["guidance"] != 1 else ""
-    grid.set_title(f"One network, the same noise{guided}: samples after so many evaluations of the network", pad=10)
+    grid.set_title(f"One network, the same noise{guided}: samples by number of evaluations", pad=10)
 
     panels, below, gap = 1 + len(figures), top + table_height + 80, 60
     size = (inner - gap * (panels - 1)) / panels, height - below - bottom

@@ -156,8 +156,10 @@ def errors_by_evaluations(denoiser: Denoiser, latents: torch.Tensor, budgets: li
     return found
 
 
-def churned(denoiser: Denoiser, S_churn: float, num_steps: int, scale: float = 1.0, shift: float = 0.0, **options):
-    """Sample 2,000 numbers by Algorithm 2, from latents of another scale and mean than they should have if one likes."""
+def churned(
+    denoiser: Denoiser, S_churn: float, num_steps: int, scale: float = 1.0, shift: float = 0.0, **options
+) -> torch.Tensor:
+    """Sample 2,000 numbers by Algorithm 2. A `scale` other than 1, or a `shift` other than 0, makes the latents wrong."""
     generator = generator_for("churn")
     latents = normals(2000)[torch.randperm(2000, generator=generator)]
     noise = functools.partial(torch.randn, latents.shape, generator=generator, dtype=torch.float64)

@@ -107,11 +107,12 @@ def test_command(script, trained, tmp_path):
 
 
 def test_refusals(script, trained, tmp_path, monkeypatch):
-    def refused(path: Path) -> str:
-        code, out, err = script("lab/export_onnx.py", "--checkpoint", path, "--output", tmp_path / "no.onnx")
-        assert (code, out, err.count("\n")) == (2, "", 1) and not (tmp_path / "no.onnx").exists()
+    def refused(path: Path, output: str = "no.onnx") -> str:
+        code, out, err = script("lab/export_onnx.py", "--checkpoint", path, "--output", tmp_path / output)
+        assert (code, out, err.count("\n")) == (2, "", 1) and not (tmp_path / output).exists()
         return err
 
+    assert "does not end in .onnx" in refused(trained, "no.pt")
     assert "there is no checkpoint" in refused(tmp_path / "none.pt")
     denoiser, config = make_denoiser("ddpmpp", "iddpm", "loss.noise_distribution=iddpm", "loss.weighting=iddpm")
     weights = denoiser.state_dict()

@@ -90,6 +90,8 @@ def test_which_images_are_compared(tmp_path, monkeypatch, mnist_folder, against)
     assert not torch.equal(*orders)
     assert comparison.floor(7)["images"] == 7
     assert comparison.floor(70)["images"] == 20
+    balanced = comparison.real_samples(2 * comparison.num_classes, balanced=True)
+    assert balanced.labels.bincount().tolist() == [2] * comparison.num_classes
     Comparison(config, train, test, CPU, tmp_path)
     assert len(learned) == 1  # it is read from its file
     assert learned[0] is train

@@ -27,7 +27,7 @@ class Judge:
         self.seen.append(images)
         return float(len(self.seen))
 
-    def real_samples(self, count: int) -> SimpleNamespace:
+    def real_samples(self, count: int, balanced: bool) -> SimpleNamespace:
         return SimpleNamespace(images=torch.zeros(count, 1, 8, 8, dtype=torch.uint8))
 
 
