@@ -36,7 +36,11 @@ function makeSide(name, start, shared, choose) {
   const canvases = CLASSES.map((digit) => makeCanvas(RESOLUTION, `Digit ${digit} of ${name}`));
   const buttons = CLASSES.map((digit) => element("button", { className: "digit", onclick: () => choose(digit) },
     canvases[digit], element("span", {}, String(digit))));
-  const presets = Object.keys(PRESETS).map((preset) => element("button", { className: `preset ${preset}` }, preset));
+  const presets = Object.keys(PRESETS).map((preset) => {
+    const button = element("button", { className: `preset ${preset}` }, preset);
+    button.setAttribute("aria-label", `${preset} for ${name}`);
+    return button;
+  });
   const progress = element("span", { className: "progress" });
   const caption = element("span"); // read out when it changes, unlike the progress
   caption.setAttribute("role", "status");
@@ -63,9 +67,10 @@ function makeSide(name, start, shared, choose) {
       film.show(shared.digit);
     },
 
-    /** Sample, and draw the digits after each step. Errors are said in words, and the old digits stay. */
+    /** Sample, and draw the digits after each step. Errors are said in words, and returned; the old digits stay. */
     async compute(engine, signal) {
       trouble.hidden = true;
+      let message = "";
       try {
         film.begin(settings, shared.seed);
         const onState = (state) => {
@@ -80,10 +85,12 @@ function makeSide(name, start, shared, choose) {
       } catch (error) {
         if (signal.aborted) throw error;
         progress.textContent = "";
-        trouble.textContent = error.message;
-        trouble.hidden = false;
+        message = error.message;
       }
+      trouble.textContent = message;
+      trouble.hidden = !message;
       side.isStale = false;
+      return message;
     },
   };
   return side;
@@ -99,7 +106,10 @@ export function makeDigits(panel, changed) {
     changed();
   }));
   const work = latest(async (signal) => {
-    for (const side of sides.filter(({ isStale }) => isStale)) await side.compute(engine, signal);
+    for (const side of sides.filter(({ isStale }) => isStale)) {
+      const error = await side.compute(engine, signal);
+      more.open ||= MORE.some(({ title }) => error.includes(title));
+    }
   });
 
   /** Compute anew what has become stale. */
@@ -150,6 +160,7 @@ export function makeDigits(panel, changed) {
     ],
     update() { // after all settings may have changed
       sides.forEach((side) => side.makeStale());
+      more.open ||= sides.some(({ settings, start }) => MORE.some(({ name }) => settings[name] !== start[name]));
       refresh();
     },
     show: start,

@@ -4,7 +4,7 @@ import { element, makeControls } from "./controls.js";
 import { N, SEED, starts } from "./knobs.js";
 import { latest } from "./latest.js";
 import { clear, drawPicture, enlarge, likeMnist, makePad } from "./pen.js";
-import { counted, drawImage, makeCanvas, short, visible } from "./pixels.js";
+import { blacken, counted, drawImage, makeCanvas, short, visible } from "./pixels.js";
 import { gaussians } from "./random.js";
 import { PRESETS } from "./sampler.js";
 
@@ -29,11 +29,13 @@ const KNOBS = [
 const OWN = "own";
 const EXAMPLE = { name: "example", options: [OWN, ...CLASSES.map(String)], start: "3" };
 const PICTURES = {
-  y: "y, as MNIST has it",
+  y: "y, centred as in MNIST",
   x: "x = y + σ n",
   denoised: "D(x; σ), the best guess",
   sample: "a sample from there",
 };
+const DRAW = "Draw a digit here.";
+const NOT_FOUND = "No digit was found in this image.";
 
 /** Fill the tab's panel, and return what main.js needs to know of it. */
 export function makeDraw(panel, changed) {
@@ -42,7 +44,12 @@ export function makeDraw(panel, changed) {
   const settings = { ...start };
   let engine = null, examples = null;
 
-  const pad = makePad(() => settings.example === OWN || clear(pad), () => choose(OWN));
+  const hint = element("p", { className: "hint" }); // on the pad while it is empty
+  hint.setAttribute("role", "status");
+  const pad = makePad(() => {
+    if (settings.example !== OWN) clear(pad);
+    hint.textContent = "";
+  }, () => choose(OWN));
   pad.setAttribute("role", "img");
   pad.setAttribute("aria-label", "Pad to draw a digit on");
   const canvases = CLASSES.map((digit) => makeCanvas(RESOLUTION, `Example: digit ${digit}, made by the network`));
@@ -52,15 +59,18 @@ export function makeDraw(panel, changed) {
   const empty = element("button", {
     onclick() {
       clear(pad);
+      hint.textContent = DRAW;
       choose(OWN);
     },
   }, "Clear");
   const file = element("input", {
     type: "file", accept: "image/*",
     async onchange() {
-      const picture = file.files[0] && await createImageBitmap(file.files[0]).catch(() => null);
+      const picture = await createImageBitmap(file.files[0]).catch(() => null);
+      file.value = ""; // the same file may be loaded again
       if (!picture) return say("This file is not an image that the browser can read.");
       drawPicture(pad, picture);
+      hint.textContent = likeMnist(pad) ? "" : NOT_FOUND;
       choose(OWN);
     },
   });
@@ -69,10 +79,11 @@ export function makeDraw(panel, changed) {
   const pictures = Object.fromEntries(Object.entries(PICTURES).map(([name, text]) => [name, {
     canvas: makeCanvas(RESOLUTION, text), note: element("small"), text,
   }]));
-  panel.querySelector(".pad").append(pad, element("div", { className: "tools" },
+  const frame = element("div", { className: "frame" }, pad, hint, message);
+  panel.querySelector(".pad").append(frame, element("div", { className: "tools" },
     element("div", { className: "buttons" }, empty, element("label", { className: "button" }, "Load an image", file)),
     element("p", {}, "Or take a digit that the network made:"),
-    element("div", { className: "ten" }, ...buttons), message));
+    element("div", { className: "ten" }, ...buttons)));
   panel.querySelector(".outcome").append(...Object.values(pictures).map(({ canvas, note, text }) => (
     element("figure", {}, canvas, element("figcaption", {}, text, note)))));
   const updateControls = makeControls(panel.querySelector(".knobs"), KNOBS, { "": settings }, change);
@@ -81,11 +92,11 @@ export function makeDraw(panel, changed) {
     try {
       await compute(signal);
       say("");
+      await makeExamples();
     } catch (error) {
       if (signal.aborted) throw error;
       say(error.message);
     }
-    await makeExamples(signal);
   });
 
   /** Say in words what does not work, or "" when it works again. */
@@ -94,22 +105,26 @@ export function makeDraw(panel, changed) {
     message.hidden = !text;
   }
 
-  /** Sample the examples, unless they are there. */
-  async function makeExamples(signal) {
-    if (examples) return;
+  /** Return a promise of the examples, which are sampled once: nothing cancels that. */
+  function makeExamples() {
     const onState = ({ x, sigma }) => CLASSES.forEach((digit) => drawImage(canvases[digit], x, digit, visible(sigma)));
     const request = { settings: { ...PRESETS.EDM, N: 9 }, labels: CLASSES, seed: 0 };
-    examples = (await engine.sample(request, { onState, signal })).x;
+    examples ??= engine.sample(request, { onState });
+    return examples;
   }
 
   /** Add noise to the digit, denoise it, and sample from there. */
   async function compute(signal) {
     const { sigma, label, N: steps, seed, example } = settings;
     const size = RESOLUTION ** 2;
-    if (example !== OWN) await makeExamples(signal);
-    if (example !== OWN) enlarge(pad, canvases[example]);
-    const y = example === OWN ? likeMnist(pad) : examples.slice(example * size, (Number(example) + 1) * size);
-    if (!y) throw new Error("The pad is empty: draw a digit, or choose one.");
+    const all = example === OWN ? null : (await makeExamples()).x;
+    signal.throwIfAborted();
+    if (all) {
+      enlarge(pad, canvases[example]);
+      hint.textContent = "";
+    }
+    const y = all ? all.slice(example * size, (Number(example) + 1) * size) : likeMnist(pad);
+    if (!y) return showNothing();
     const noise = gaussians(seed, size);
     const x = Float64Array.from(y, (value, i) => value + sigma * noise[i]);
     const labels = [label === "none" ? null : Number(label)];
@@ -122,6 +137,13 @@ export function makeDraw(panel, changed) {
       { signal, onState: (state) => drawImage(pictures.sample.canvas, state.x, 0, visible(state.sigma)) },
     );
     pictures.sample.note.textContent = counted(made.evaluations);
+  }
+
+  /** Show that there is no digit. */
+  function showNothing() {
+    hint.textContent ||= DRAW;
+    for (const { canvas } of Object.values(pictures)) blacken(canvas);
+    for (const { note } of [pictures.denoised, pictures.sample]) note.textContent = "";
   }
 
   function refresh() {

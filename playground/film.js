@@ -30,7 +30,9 @@ export function makeFilm(name) {
   let [frames, states, digit] = [[], [], 0];
 
   /** Draw a frame, as far as it is known: x after `index` steps, and D(x; sigma), which the next step computes. */
-  function draw({ index, x, denoised }) {
+  function draw({ index, sigma, x, denoised }) {
+    x.setAttribute("aria-label", `Digit ${digit} of ${name}: x at noise level ${sigma}`);
+    denoised.setAttribute("aria-label", `Digit ${digit} of ${name}: D(x) at noise level ${sigma}`);
     const before = states[index], after = states[index + 1];
     if (before) drawImage(x, before.x, digit, visible(before.sigma));
     if (after) drawImage(denoised, after.denoised, digit);
@@ -45,9 +47,8 @@ export function makeFilm(name) {
       const levels = [...noiseLevels(settings)];
       states = [{ x: first(levels[0], seed), sigma: levels[0] }];
       frames = chosen(levels).map((index) => {
-        const sigma = short(levels[index]);
-        return { index, sigma, x: makeCanvas(RESOLUTION, `x of ${name} at noise level ${sigma}`),
-          denoised: makeCanvas(RESOLUTION, `D(x) of ${name} at noise level ${sigma}`) };
+        const [x, denoised] = [makeCanvas(RESOLUTION), makeCanvas(RESOLUTION)];
+        return { index, sigma: short(levels[index]), x, denoised };
       });
       strip.replaceChildren(...frames.map(({ sigma, x, denoised }) => element("figure", {}, x, denoised,
         element("figcaption", {}, sigma))));

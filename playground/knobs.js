@@ -77,7 +77,7 @@ export const MORE = [
     place: "Algorithm 2, Table 5", does: "The highest noise level at which noise is added.", applies: isChurning,
   },
   {
-    name: "S_noise", title: "churn's size", tex: "S_{noise}", text: "S<sub>noise</sub>",
+    name: "S_noise", title: "size of the noise", tex: "S_{noise}", text: "S<sub>noise</sub>",
     min: 0.9, max: 1.1, step: 0.001,
     start: 1.003, place: "Algorithm 2, Table 5", applies: isChurning,
     does: "Standard deviation of the added noise; a little above 1 makes up for detail that D removes.",

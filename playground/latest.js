@@ -4,7 +4,7 @@ let running = Promise.resolve();
 
 /**
  * Return { start(), cancel() } of a computation `work(signal)`, which starts `delay` ms after the last call of start().
- * Both end at once what was started before: its AbortSignal fires, and what it throws after that is dropped.
+ * Both cancel the running computation: its AbortSignal fires, and what it throws after that is dropped.
  */
 export function latest(work, delay = 100) {
   let controller = new AbortController();

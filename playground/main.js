@@ -24,6 +24,7 @@ function writeLink() {
 
 const tabs = Object.fromEntries(Object.entries(MAKERS).map(([name, make]) => [name, make(byId(name), writeLink)]));
 const names = Object.keys(tabs);
+for (const { update } of Object.values(tabs)) update();
 
 /** Show a tab, and end what another one computes. */
 function show(name) {

@@ -3,6 +3,7 @@
 const PAD = 288; // pixels of the pad
 const PEN = 22; // width of a stroke
 const RESOLUTION = 32, BOX = 20; // MNIST fits a digit in 20 x 20 pixels, with black around it
+const CONTRAST = 0.1; // between background and ink, of 1; less is no digit
 const POINTS = 8; // a small pixel is the mean of 8 x 8 points
 
 /** Return the grey values 0..1 of a canvas, row by row. */
@@ -32,7 +33,10 @@ function bounds(canvas) {
   return { left, top, width: most(columns) - left + 1, height: most(rows) - top + 1 };
 }
 
-/** Return a canvas's digit as MNIST has it: 32 x 32 in [-1, 1], 20 pixels at most, its centre of mass in the middle. */
+/**
+ * Return the digit of a canvas as MNIST has it: 32 x 32 in [-1, 1], 20 pixels at most, its centre of mass in the
+ * middle. Return null if the canvas is black.
+ */
 export function likeMnist(canvas) {
   const [found, values] = [bounds(canvas), greys(canvas)];
   if (!found) return null;
@@ -60,19 +64,33 @@ export function likeMnist(canvas) {
   return shrink(2 * middle - x, 2 * middle - y).map((value) => 2 * value - 1);
 }
 
-/** Draw an image as large as the pad allows. A light background becomes black. */
+/**
+ * Draw an image as large as the pad allows, with a black background and white ink. The background is the mean of the
+ * edge, the ink is the grey that differs most from it. If the edge is transparent, opaque pixels are ink.
+ */
 export function drawPicture(pad, picture) {
   const scale = PAD / Math.max(picture.width, picture.height);
   const part = makeBlack(Math.ceil(picture.width * scale), Math.ceil(picture.height * scale));
   const context = part.getContext("2d");
-  context.fillStyle = "#fff"; // under what is transparent
-  context.fillRect(0, 0, part.width, part.height);
+  context.clearRect(0, 0, part.width, part.height);
   context.drawImage(picture, 0, 0, part.width, part.height);
-  const values = greys(part);
-  const edge = values.filter((_, i) => i < part.width || i % part.width === 0);
-  const isLight = edge.reduce((sum, value) => sum + value, 0) / edge.length > 0.5;
   const pixels = context.getImageData(0, 0, part.width, part.height);
-  values.forEach((value, i) => pixels.data.fill(255 * (isLight ? 1 - value : value), 4 * i, 4 * i + 3));
+  const meanOfEdge = (values) => {
+    const edge = values.filter((_, i) => i < part.width || i % part.width === 0);
+    return edge.reduce((sum, value) => sum + value, 0) / edge.length;
+  };
+  const alpha = Float64Array.from({ length: part.width * part.height }, (_, i) => pixels.data[4 * i + 3] / 255);
+  context.globalCompositeOperation = "destination-over";
+  Object.assign(context, { fillStyle: "#fff" }).fillRect(0, 0, part.width, part.height); // under what is transparent
+  const values = meanOfEdge(alpha) < 0.5 ? alpha : greys(part);
+  const background = meanOfEdge(values);
+  const ink = values.reduce((best, value) => (
+    Math.abs(value - background) > Math.abs(best - background) ? value : best), background);
+  if (Math.abs(ink - background) < CONTRAST) return clear(pad);
+  values.forEach((value, i) => {
+    pixels.data.fill((255 * (value - background)) / (ink - background), 4 * i, 4 * i + 3); // clamped to 0..255
+    pixels.data[4 * i + 3] = 255;
+  });
   clear(pad);
   pad.getContext("2d").putImageData(pixels, Math.floor((PAD - part.width) / 2), Math.floor((PAD - part.height) / 2));
 }

@@ -12,14 +12,19 @@ export const counted = (evaluations) => `${evaluations} evaluation${evaluations 
 export const visible = (sigma) => SIGMA_DATA / Math.hypot(sigma, SIGMA_DATA);
 
 /** Return a black canvas of size x size pixels that is described by `label`. */
-export function makeCanvas(size, label) {
+export function makeCanvas(size, label = "") {
   const canvas = document.createElement("canvas");
   canvas.width = canvas.height = size;
   canvas.className = "image";
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", label);
-  drawImage(canvas, new Float64Array(size ** 2).fill(-1));
+  blacken(canvas);
   return canvas;
+}
+
+/** Make a canvas black. */
+export function blacken(canvas) {
+  canvas.getContext("2d", { willReadFrequently: true }).fillRect(0, 0, canvas.width, canvas.height);
 }
 
 /** Draw image number `index` of grey images (B, 1, H, W), multiplied by `scale`. */

@@ -15,7 +15,7 @@ function sfc32(seed, stream) {
   return next;
 }
 
-/** Return draw(count), whose calls return ever new normal numbers of unit variance as Float64Arrays. */
+/** Return draw(count), which returns new normal numbers of unit variance at each call, as a Float64Array. */
 export function normalGenerator(seed, stream = 0) {
   const next = sfc32(seed, stream);
   return (count) => {

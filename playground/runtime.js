@@ -1,12 +1,17 @@
-/** Finds the packages that package.json pins: in node_modules, where `npm install` puts them, else on a public CDN. */
+/**
+ * Finds the packages that package.json pins: on a public CDN, or in node_modules, where `npm install` puts them.
+ * node_modules comes first on the visitor's own machine, where it may be the only one that can be reached.
+ */
 
+const OWN_MACHINE = ["localhost", "127.0.0.1", "[::1]"];
 const TIMEOUT = 15_000; // milliseconds until an address counts as unreachable
 
 /** Return the address of a file of a package; rejects with an Error in words if it can be reached nowhere. */
 export async function locate(name, file) {
   const version = (await pinned())[name];
   const local = new URL(`node_modules/${name}/`, import.meta.url).href;
-  for (const folder of [local, `https://cdn.jsdelivr.net/npm/${name}@${version}/`]) {
+  const cdn = `https://cdn.jsdelivr.net/npm/${name}@${version}/`;
+  for (const folder of OWN_MACHINE.includes(location.hostname) ? [local, cdn] : [cdn, local]) {
     if (await isReachable(folder + file)) return folder + file;
   }
   throw new Error(`${name} cannot be loaded: connect to the internet, or run "npm install" in the folder playground.`);

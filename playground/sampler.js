@@ -33,7 +33,9 @@ function vpBetween(sigma_min, sigma_max) {
   const beta_d = (2 * (low / EPSILON_S - high)) / (EPSILON_S - 1);
   const beta_min = high - beta_d / 2;
   if (!(Math.min(beta_min + beta_d * EPSILON_S, beta_min + beta_d) > 0)) {
-    throw new Error(`No VP schedule rises from ${sigma_min} to ${sigma_max}: lower sigma_min, or raise sigma_max.`);
+    throw new Error(
+      `No VP schedule rises from ${sigma_min} to ${sigma_max}: lower the lowest noise, or raise the highest noise.`,
+    );
   }
   return vp(beta_d, beta_min);
 }
@@ -78,7 +80,7 @@ export function noiseLevels({ discretization, N, rho, sigma_min, sigma_max }) {
   check("discretization", discretization, DISCRETIZATIONS);
   if (!(Number.isInteger(N) && N >= 1)) throw new Error("N, the number of steps, must be a whole number from 1 on.");
   if (!(sigma_min > 0 && sigma_min < sigma_max && sigma_max < Infinity)) {
-    throw new Error(`sigma_min (${sigma_min}) must be above 0 and below sigma_max (${sigma_max}).`);
+    throw new Error(`The lowest noise (${sigma_min}) must be above 0 and below the highest noise (${sigma_max}).`);
   }
   const fractions = Array.from({ length: N }, (_, i) => i / Math.max(N - 1, 1)); // i / (N - 1)
   const levels = {
@@ -95,9 +97,8 @@ export function noiseLevels({ discretization, N, rho, sigma_min, sigma_max }) {
     iddpm: () => {
       const u = iddpmLevels().filter((level) => sigma_min <= level && level <= sigma_max);
       if (N > u.length) {
-        throw new Error(
-          `iDDPM has ${u.length} noise levels from ${sigma_min} to ${sigma_max}, too few for ${N} steps.`,
-        );
+        const range = `from the lowest noise (${sigma_min}) to the highest noise (${sigma_max})`;
+        throw new Error(`iDDPM has ${u.length} noise levels ${range}, too few for ${N} steps.`);
       }
       return fractions.map((_, i) => u[roundHalfToEven((i * (u.length - 1)) / Math.max(N - 1, 1))]);
     },

@@ -20,9 +20,9 @@ const KNOBS = [
   { ...SOLVER, start: "euler" },
   {
     name: "sigma", title: "tangents at", tex: "\\sigma", text: "σ",
-    min: 0.05, max: SIGMA_MAX, log: true, start: 2,
+    min: 0.05, max: SIGMA_MAX, log: true, start: 0.5,
     place: "Figure 3, Eq. 4",
-    does: "Where the tangents touch the solutions: an Euler step from there moves along them.",
+    does: "Where the tangents touch the solutions (circles): an Euler step from there moves along them.",
   },
   {
     name: "steps", title: "time steps", tex: "t_i", text: "t<sub>i</sub>",
@@ -45,18 +45,18 @@ async function path(D, settings) {
 }
 
 /** Return x on the solutions at a noise level, interpolated. */
-function between({ sigma, x }, level) {
+export function between({ sigma, x }, level) {
   const i = sigma.findIndex((next, k) => k > 0 && next <= level);
   const share = (sigma[i - 1] - level) / (sigma[i - 1] - sigma[i]);
   return x[i].map((value, k) => x[i - 1][k] + share * (value - x[i - 1][k]));
 }
 
-/** Return as text how far steps are from the solutions: on the way as a multiple of the noise level, and at the end. */
-function distance({ sigma, x }, solutions) {
+/** Return as text the mean error of x: during sampling as a multiple of the noise level, and at the end. */
+function meanError({ sigma, x }, solutions) {
   const apart = (i) => mean(between(solutions, sigma[i]).map((value, k) => Math.abs(x[i][k] - value)));
   const way = [...sigma.keys()].slice(1, -1);
-  const onTheWay = way.length ? `${short(mean(way.map((i) => apart(i) / sigma[i])))} σ on the way, ` : "";
-  return `${onTheWay}${short(apart(sigma.length - 1))} at the end.`;
+  const during = way.length ? `${short(mean(way.map((i) => apart(i) / sigma[i])))} σ during sampling, ` : "";
+  return `Mean error: ${during}${short(apart(sigma.length - 1))} at the end.`;
 }
 
 const mean = (numbers) => numbers.reduce((sum, value) => sum + value, 0) / numbers.length;
@@ -68,7 +68,7 @@ const lines = ({ sigma, x }, schedule) => [...LATENTS.keys()].map((k) => sigma.m
 }));
 
 /** Return the tangents of the solutions at a noise level, as lines from time 0 to where they touch. */
-function tangents(D, solutions, level, schedule) {
+export function tangents(D, solutions, level, schedule) {
   const x = between(solutions, level);
   const denoised = D(x, level);
   const t = schedule.t(level);
@@ -112,7 +112,7 @@ export function makeTrajectories(panel, changed) {
       if (turn !== drawing) return; // a newer change is drawn already
       const schedule = makeSchedule(chosen);
       const evaluations = solver === "heun" ? 2 * steps - 1 : steps;
-      caption.textContent = `${counted(evaluations)}. Mean distance from the solutions: ${distance(taken, solutions)}`;
+      caption.textContent = `${counted(evaluations)}. ${meanError(taken, solutions)}`;
       const stepped = lines(taken, schedule);
       const parts = { solutions: lines(solutions, schedule), stepped };
       parts.tangents = tangents(D, solutions, settings.sigma, schedule);
@@ -141,9 +141,10 @@ function view(name, { solutions, stepped, tangents }, schedule, highest, width) 
     width, height: 190, xRange: [0, time], yRange: [-rounded, rounded],
     xTicks: [0, time / 2, time], yTicks: [-rounded, 0, rounded],
     xLabel: `t, up to σ = ${highest}`, yLabel: "s(t) x",
-    curves: [...solutions.map(shown).map(curve("solution")), ...tangents.map(curve("tangent")),
-      ...stepped.map(curve("step"))],
-    dots: [{ points: stepped.flat(), kind: "step" }, { points: tangents.map(([end]) => end), kind: "tangent" }],
+    curves: [...solutions.map(shown).map(curve("solution")), ...stepped.map(curve("step")),
+      ...tangents.map(curve("tangent"))],
+    dots: [{ points: stepped.flat(), kind: "step" }, { points: tangents.map(([end]) => end), kind: "tangent" },
+      { points: tangents.map(([, touch]) => touch), kind: "touch" }],
     label: `${name}: solutions, steps and tangents over the time t, for noise levels up to ${highest}`,
   });
 }

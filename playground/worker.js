@@ -8,7 +8,7 @@ import { guided, noiseLevels, sample } from "./sampler.js";
 const ACTIONS = { load, sample: sampleImages, denoise };
 const cancelled = new Set(); // ids of requests
 const channel = new MessageChannel();
-let ort, session, metadata;
+let ort, session, metadata, damaged;
 let queue = Promise.resolve();
 
 self.onmessage = ({ data: { id, action, request } }) => {
@@ -31,6 +31,7 @@ async function answer(id, action, request) {
 /** Load the runtime and the model. */
 async function load({ modelUrl }) {
   const name = modelUrl.split("/").pop();
+  damaged = `The model ${name} is damaged or not one of ours: write it again with python -m lab.export_onnx.`;
   const runtime = locate("onnxruntime-web", "dist/ort.wasm.min.mjs");
   const [runtimeUrl, model] = await Promise.all([runtime, download(modelUrl)]);
   ort = await import(runtimeUrl);
@@ -44,7 +45,7 @@ async function load({ modelUrl }) {
     if (/backend/.test(error.message)) {
       throw new Error("onnxruntime-web does not start in this browser: please use a newer one.");
     }
-    throw new Error(`The model ${name} is damaged or not one of ours: write it again with python -m lab.export_onnx.`);
+    throw new Error(damaged);
   }
   return { metadata };
 }
@@ -114,10 +115,12 @@ async function evaluate(x, sigma, labels, id) {
     });
     inputs.labels = new ort.Tensor(oneHot, [count, classes]);
   }
-  return Float64Array.from((await session.run(inputs)).D.data);
+  const denoised = Float64Array.from((await session.run(inputs)).D.data);
+  if (!denoised.every(Number.isFinite)) throw new Error(damaged);
+  return denoised;
 }
 
-/** Return a promise that is kept after the messages that have arrived are handled. */
+/** Return a promise that resolves after the messages that have arrived are handled. */
 function waitingMessages() {
   return new Promise((resolve) => {
     channel.port1.onmessage = resolve;

@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 
 from edm.exact import FiniteData, GaussianMixture
+from edm.sampler import sample
+from edm.schedule import table_1
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 expect = playwright.expect
@@ -79,7 +81,7 @@ def test_two_set_ups(visit):
     wait_for(page, "3 evaluations", "3 evaluations")
     a = pictures(side(page, "A").locator(".ten"))
     assert len(set(a)) == 10 and not set(a) & set(pictures(side(page, "B").locator(".ten")))
-    side(page, "B").get_by_role("button", name="EDM").click()  # with as many evaluations as before
+    page.get_by_role("button", name="EDM for B").click()  # with as many evaluations as before
     expect(page).to_have_url(re.compile("#digits&N=2&B.N=2&B.solver=heun&B.discretization=edm&"))
     wait_for(page, "3 evaluations", "3 evaluations")
     assert pictures(side(page, "B").locator(".ten")) == a
@@ -88,6 +90,7 @@ def test_two_set_ups(visit):
     assert len(films.nth(0).locator("figure").all()) == 3
     side(page, "A").get_by_role("button", name="Digit 7 of A").click()
     expect(films.nth(1).get_by_role("heading")).to_contain_text("digit 7")
+    expect(films.nth(1).get_by_role("img", name="Digit 7 of B: D(x) at noise level 80")).to_be_visible()
     assert pictures(films.nth(0))[-1] == a[7] == pictures(films.nth(1))[-1]
     page.get_by_label("guidance of B", exact=True).press("ArrowRight")
     wait_for(page, "3 evaluations", "6 evaluations")
@@ -109,13 +112,17 @@ def test_a_new_setting_cancels_the_old_computation(visit):
 
 
 def test_settings_that_cannot_work_say_so(visit):
-    page = visit(QUICK)
+    """The message names the knob, and the knob comes in sight. So it does if a link sets it."""
+    page = visit(QUICK + "&sigma_min=1")
     wait_for(page, "3 evaluations", "3 evaluations")
     before = pictures(side(page, "A").locator(".ten"))
+    knob = page.get_by_label("lowest noise of A", exact=True)
+    expect(knob).to_be_visible()
     page.get_by_text("More knobs").click()
-    page.get_by_label("lowest noise of A", exact=True).press("End")
-    page.get_by_label("highest noise of A", exact=True).press("Home")
-    expect(side(page, "A").get_by_role("alert")).to_contain_text("sigma_min")
+    expect(knob).to_be_hidden()
+    page.get_by_label("schedule of A", exact=True).select_option("vp")
+    expect(side(page, "A").get_by_role("alert")).to_contain_text("lower the lowest noise")
+    expect(knob).to_be_visible()
     assert pictures(side(page, "A").locator(".ten")) == before
     page.get_by_role("button", name="Reset").click()
     expect(side(page, "A").get_by_role("alert")).to_be_hidden()
@@ -148,7 +155,45 @@ def test_trajectories(visit):
         before = plots.nth(4).inner_html()
         page.locator("#trajectories").get_by_label(label, exact=True).press("ArrowRight")
         page.wait_for_function("before => document.querySelectorAll('#trajectories .plot')[4].innerHTML !== before", arg=before)
-    expect(page.locator(".column.EDM .caption")).to_contain_text("6 evaluations")
+    expect(page.locator(".column.EDM .caption")).to_have_text(
+        re.compile(r"^6 evaluations\. Mean error: [\d.]+ \S during sampling, [\d.]+ at the end\.$")
+    )
+
+
+def test_tangents(visit, assert_close):
+    """EDM's end at D(x; sigma), VE's half-way to it, and all have the slope of an Euler step of Python's sampler."""
+    code = """async ([x, sigma, settings]) => {
+      const { tangents } = await import("./trajectories.js");
+      const { twoPeaks } = await import("./exact.js");
+      const { makeSchedule } = await import("./sampler.js");
+      const solutions = { sigma: [2 * sigma, sigma], x: [x, x].map((each) => Float64Array.from(each)) };
+      return tangents(twoPeaks(0), solutions, sigma, makeSchedule(settings));
+    }"""
+    x, sigma = torch.linspace(-2, 2, 8, dtype=torch.float64), 0.5
+    D = FiniteData(torch.tensor([-1.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1))
+    denoised = D(x.view(8, 1, 1, 1), sigma).flatten()
+    for name, scaling, end in (("linear", "none", denoised), ("ve", "none", (x + denoised) / 2), ("vp", "vp", None)):
+        settings = {"schedule": name, "scaling": scaling, "sigma_min": 0.002, "sigma_max": 25}
+        lines = torch.tensor(visit("#trajectories").evaluate(code, [x.tolist(), sigma, settings]), dtype=torch.float64)
+        _, schedule = table_1(2, **settings)
+        step = next(sample(D, x.view(8, 1, 1, 1) / sigma, torch.tensor([sigma, 0.1, 0]), schedule=schedule, solver="euler"))
+        t, t_next = schedule.t(sigma), schedule.t(step.sigma)
+        slope = (schedule.s(t_next) * step.x.flatten() - schedule.s(t) * x) / (t_next - t)
+        assert_close(lines[:, :, 0], [[0.0, t]] * 8)
+        start, touch = lines[:, :, 1].T
+        assert_close(touch, schedule.s(t) * x)
+        assert_close((touch - start) / t, slope)
+        if end is not None:
+            assert_close(start, end)
+
+
+def test_solutions_between_their_steps(visit):
+    code = """async () => {
+      const { between } = await import("./trajectories.js");
+      const solutions = { sigma: [4, 2, 0], x: [[8, 0], [4, 1], [3, 3]].map((each) => Float64Array.from(each)) };
+      return [2.5, 2, 0].map((level) => [...between(solutions, level)]);
+    }"""
+    assert visit("#trajectories").evaluate(code) == [[5, 0.75], [4, 1], [3, 3]]
 
 
 def test_the_exact_denoiser(visit, assert_close):
@@ -165,41 +210,66 @@ def test_the_exact_denoiser(visit, assert_close):
             assert_close(torch.tensor(denoised, dtype=torch.float64), D(x[:, None, None, None], sigma).flatten(), 1e-6)
 
 
-def test_draw(visit, tmp_path):
+def test_draw(visit):
     page = visit("#draw&N=4&sigma=0.05&label=4")
     outcome, note = page.locator(".outcome"), page.locator(".outcome small").last
     expect(note).to_have_text("3 evaluations")  # one of the four time steps lies below sigma
     example = pictures(outcome)
+    alert, hint = page.locator("#draw").get_by_role("alert"), page.locator("#draw .hint")
+    expect(hint).to_be_empty()
     page.get_by_role("button", name="Clear").click()
-    alert = page.locator("#draw").get_by_role("alert")
-    expect(alert).to_contain_text("The pad is empty")
-    assert pictures(outcome) == example
+    expect(hint).to_have_text("Draw a digit here.")
+    expect(note).to_be_empty()
+    (black,) = set(pictures(outcome))
     box = page.locator(".drawing").bounding_box()
     page.mouse.move(box["x"] + 60, box["y"] + 30)  # a stroke in a corner
     page.mouse.down()
     page.mouse.move(box["x"] + 60, box["y"] + 130, steps=5)
     page.mouse.up()
-    page.wait_for_function("old => document.querySelectorAll('.outcome canvas')[3].toDataURL() !== old", arg=example[3])
+    page.wait_for_function("old => document.querySelectorAll('.outcome canvas')[3].toDataURL() !== old", arg=black)
     expect(alert).to_be_hidden()
+    expect(hint).to_be_empty()
     code = "canvas => [...canvas.getContext('2d').getImageData(0, 0, 32, 32).data].filter((_, i) => i % 4 === 0)"
     y, _, denoised, _ = (torch.tensor(each.evaluate(code)).view(32, 32) for each in outcome.locator("canvas").all())
     rows, columns = y.sum(dim=1).nonzero(), y.sum(dim=0).nonzero()
     assert (rows.min(), rows.max()) == (6, 25) and columns.float().mean() == 15.5  # 20 pixels high, in the middle
     assert (denoised - y).abs().float().mean() < 8  # so little noise hides nothing
     expect(page).to_have_url(re.compile("example=own"))
-    drawn = pictures(outcome)[0]
-    ink = Image.new("L", (50, 80), 255)  # as a photograph: dark on light
-    ink.paste(30, (20, 10, 24, 30))
-    ink.save(tmp_path / "ink.png")
-    page.get_by_label("Load an image").set_input_files(tmp_path / "ink.png")
-    page.wait_for_function("old => document.querySelectorAll('.outcome canvas')[0].toDataURL() !== old", arg=drawn)
-    y = torch.tensor(outcome.locator("canvas").first.evaluate(code)).view(32, 32)
-    assert y[0].max() < 40 and y[16, 16] > 200 and (y > 128).sum(dim=1).max() in (4, 5)
-    (tmp_path / "text.png").write_text("no image")
-    page.get_by_label("Load an image").set_input_files(tmp_path / "text.png")
-    expect(alert).to_contain_text("not an image")
     page.get_by_role("button", name="Example: digit 3").press("Enter")
     page.wait_for_function("old => document.querySelectorAll('.outcome canvas')[3].toDataURL() === old", arg=example[3])
+
+
+def test_load_an_image(visit, tmp_path):
+    """A bar of 4 x 20 pixels: dark on light, faint, light on dark, or on nothing; again after Clear; and no digit."""
+    page = visit("#draw&N=1&example=own")
+    hint = page.locator("#draw .hint")
+    first = page.locator(".outcome canvas").first
+    code = "canvas => [...canvas.getContext('2d').getImageData(0, 0, 32, 32).data].filter((_, i) => i % 4 === 0)"
+    page.get_by_role("button", name="Clear").click()
+    expect(page.locator(".outcome small").last).to_be_empty()
+    black = pictures(page.locator(".outcome"))[0]
+
+    def load(image: Image.Image | str) -> None:
+        path = tmp_path / "image.png"
+        path.write_text(image) if isinstance(image, str) else image.save(path)
+        page.get_by_label("Load an image").set_input_files(path)
+
+    inks = [((255,), (30,)), ((200,), (150,)), ((0,), (90,)), ((0, 0), (0, 255)), ((255, 0), (255, 255))]
+    for background, ink in [*inks, inks[-1]]:
+        page.get_by_role("button", name="Clear").click()
+        expect(hint).to_have_text("Draw a digit here.")
+        page.wait_for_function("old => document.querySelector('.outcome canvas').toDataURL() === old", arg=black)
+        image = Image.new("L" if len(ink) == 1 else "LA", (50, 80), background)
+        image.paste(ink, (20, 10, 24, 30))
+        load(image)
+        page.wait_for_function("old => document.querySelector('.outcome canvas').toDataURL() !== old", arg=black)
+        expect(hint).to_be_empty()
+        y = torch.tensor(first.evaluate(code)).view(32, 32)
+        assert y[0].max() < 40 and y[16, 16] > 200 and (y > 128).sum(dim=1).max() in (4, 5)
+    load(Image.new("L", (50, 80), 128))
+    expect(hint).to_have_text("No digit was found in this image.")
+    load("no image")
+    expect(page.locator("#draw").get_by_role("alert")).to_contain_text("not an image")
 
 
 def test_tabs_by_keyboard(visit):
@@ -250,6 +320,17 @@ def test_what_does_not_work_is_said_in_words(address, new_page, harm, words):
     expect(new_page.get_by_role("alert")).to_contain_text(words)
     new_page.get_by_role("tab", name="Trajectories").click()
     expect(new_page.locator("#trajectories .plot")).to_have_count(6)
+
+
+def test_a_tab_opened_by_a_click(address, new_page):
+    """It shows its settings, though no link has set them."""
+    new_page.goto(address + "#trajectories")
+    new_page.get_by_role("tab", name="Draw").click()
+    expect(new_page.get_by_role("button", name="Example: digit 3")).to_have_attribute("aria-pressed", "true")
+    expect(new_page.locator(".outcome small").nth(1)).to_have_text(re.compile(r"^\S = 2$"))
+    new_page.get_by_role("tab", name="Digits").click()
+    expect(new_page.get_by_role("button", name="EDM for A")).to_have_attribute("aria-pressed", "true")
+    expect(new_page.locator(".film h3").first).to_contain_text("digit 3")
 
 
 def test_formulas_can_be_read_without_katex(address, new_page):

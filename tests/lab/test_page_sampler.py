@@ -10,12 +10,13 @@ from torch.nn.functional import one_hot
 
 from edm.exact import FiniteData
 from edm.sampler import SOLVERS, guided, sample
-from edm.schedule import DISCRETIZATIONS, RANGES, SCALINGS, SCHEDULES, table_1
+from edm.schedule import DISCRETIZATIONS, RANGES, SCALINGS, SCHEDULES, iddpm_levels, iddpm_steps, table_1
 from lab.data import to_uint8
 from lab.generate import load_denoiser
 
 POINTS = [-1.0, 1.0]  # the data of the denoiser in closed form
 CDN = "https://cdn.jsdelivr.net"
+SITE = "https://name.github.io/repository/playground/"
 TYPES = {".mjs": "text/javascript", ".wasm": "application/wasm"}
 CHURN = {"S_churn": 4.0, "S_min": 0.05, "S_max": 20.0, "S_noise": 1.01}
 NETWORK_SETTINGS = [  # solver, discretization, schedule, scaling, N, rho, churn, guidance
@@ -49,7 +50,7 @@ SAMPLE_IN_CLOSED_FORM = """async ({ settings, latents, noise }) => {
   return { states, evaluations };
 }"""
 LOAD = """async () => {
-  const { Engine } = await import("/engine.js");
+  const { Engine } = await import("./engine.js");
   window.engine = await Engine.load("edm_small.onnx");
   return engine.metadata;
 }"""
@@ -69,7 +70,14 @@ CANCEL = """async (request) => {
   const { evaluations } = await engine.sample({ ...request, settings: { ...request.settings, N: 1 } });
   return { error: error.name, evaluations, milliseconds: performance.now() - aborted };
 }"""
-TRY_TO_LOAD = f"async () => {{ try {{ await ({LOAD})() }} catch (error) {{ return error.message }} }}"
+TRY_TO_EVALUATE = f"""async () => {{
+  try {{
+    await ({LOAD})();
+    await engine.denoise({{ x: new Float64Array(32 * 32), sigma: 1, labels: [null] }});
+  }} catch (error) {{
+    return error.message;
+  }}
+}}"""
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +166,15 @@ def test_samplers_agree_in_closed_form(page, normal_noise, churn):
             assert state["denoised"] == pytest.approx(denoised.flatten().tolist(), rel=1e-9, abs=1e-9), names
 
 
+def test_ties_are_rounded_as_in_python(page):
+    """iDDPM's middle step of three, among even numbers of levels: half-way between two, the first of them even or odd."""
+    code = "async (settings) => [...(await import('/sampler.js')).noiseLevels(settings)]"
+    low, highs = 0.002, iddpm_levels()[200:204] * (1 + 1e-9)  # each takes in one level more than the next
+    for high in highs.tolist():
+        settings = {"discretization": "iddpm", "N": 3, "rho": 7, "sigma_min": low, "sigma_max": high}
+        assert page.evaluate(code, settings) == pytest.approx(iddpm_steps(3, low, high).tolist(), rel=1e-12)
+
+
 @pytest.mark.parametrize("row", NETWORK_SETTINGS, ids=lambda row: "-".join(map(str, [*row[:6], len(row[6]), row[7]])))
 def test_networks_agree(engine, network, row):
     *names, guidance = row
@@ -211,18 +228,19 @@ def test_cancelling(engine):
     assert found == {"error": "AbortError", "evaluations": 1}
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "text"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "flipped in the middle", "text"])
 def test_errors_in_words(engine, open_page, root, tmp_path, damage):
     for item in (root / "playground").iterdir():
         (tmp_path / item.name).symlink_to(item)
     model = tmp_path / "edm_small.onnx"
     data = bytearray(model.read_bytes())
     model.unlink()
-    if damage == "flipped":
-        data[2000:40_000] = bytes(255 - byte for byte in data[2000:40_000])
+    place = {"flipped": 2000, "flipped in the middle": len(data) // 2}.get(damage)  # the nodes; the weights
+    if place:
+        data[place : place + 4000] = bytes(255 - byte for byte in data[place : place + 4000])
     if damage != "missing":
         model.write_bytes({"cut": data[:-5000], "text": b"<html>not found</html>"}.get(damage, data))
-    message = open_page(tmp_path).evaluate(TRY_TO_LOAD)
+    message = open_page(tmp_path).evaluate(TRY_TO_EVALUATE)
     assert "edm_small.onnx" in message and ("no such file" if damage == "missing" else "damaged") in message
 
 
@@ -239,16 +257,17 @@ def page_without_packages(open_page, root, tmp_path):
 
 def test_missing_runtime_in_words(page_without_packages):
     page_without_packages.context.route(f"{CDN}/**", lambda route: route.abort())
-    message = page_without_packages.evaluate(TRY_TO_LOAD)
+    message = page_without_packages.evaluate(TRY_TO_EVALUATE)
     assert "onnxruntime-web cannot be loaded" in message and "npm install" in message
 
 
-def test_runtime_from_the_cdn(page_without_packages, root):
-    """The files of the pinned version, as the CDN would serve them."""
+@pytest.mark.parametrize("site", ["localhost", "published"])
+def test_runtime_from_the_cdn(page_without_packages, root, site):
+    """The files of the pinned version, as the CDN would serve them. A published page asks for no others."""
     packages = root / "playground" / "node_modules"
     if not packages.exists():
         pytest.skip("there is no playground/node_modules to serve as the CDN")
-    asked = []
+    page, asked, missing = page_without_packages, [], []
 
     def serve(route):
         asked.append(route.request.url)
@@ -256,7 +275,17 @@ def test_runtime_from_the_cdn(page_without_packages, root):
         path = packages / name.partition("@")[0] / file
         route.fulfill(path=path, headers={"Access-Control-Allow-Origin": "*", "Content-Type": TYPES[path.suffix]})
 
-    page_without_packages.context.route(f"{CDN}/**", serve)
-    assert page_without_packages.evaluate(LOAD)["name"] == "edm_small"
+    page.context.route(f"{CDN}/**", serve)
+    page.context.on("response", lambda response: missing.append(response.url) if not response.ok else None)
+    if site == "published":
+        own = page.url.removesuffix("package.json")
+
+        def publish(route):
+            route.fulfill(response=route.fetch(url=route.request.url.replace(SITE, own)))
+
+        page.context.route(f"{SITE}**", publish)
+        page.goto(f"{SITE}package.json")
+    assert page.evaluate(LOAD)["name"] == "edm_small"
     versions = json.loads((root / "playground" / "package.json").read_text())["dependencies"]
     assert asked and all(f"/onnxruntime-web@{versions['onnxruntime-web']}/dist/" in url for url in asked)
+    assert len(missing) == {"localhost": 1, "published": 0}[site]
