@@ -95,15 +95,18 @@ def train(config: Config, args: argparse.Namespace, device: torch.device, world:
                     learner.scaler.scale(mean * world.size).backward()  # the ranks' gradients are averaged, not summed
                 seen.append(torch.stack([sigma, importance, loss.detach()]))
 
-            # Update the weights by Adam, at a learning rate that ramps up, then their average.
+            # Update the weights by Adam, at a learning rate that ramps up, then their average (with snapshots, three of them).
             learner.optimizer_step(step * batch_size)
-            ema.update(step * batch_size, batch_size)
+            for average in (ema, *learner.power_ema.values()):
+                average.update(step * batch_size, batch_size)
 
             # Record the losses of the whole batch. Every `save_and_sample_every_n` steps and after the last one, write a
             # checkpoint and a grid of samples. When a signal has asked the run to stop, write a checkpoint.
             sigma, importance, loss = world.all_gather(list(torch.cat(seen, dim=1)), batch_size)
             noise_distribution.update(sigma, loss)
             run.record(loss, sigma, importance)
+            if run.is_snapshot_due(step):
+                run.save_snapshot(step, learner)
             if run.is_due(step) or run.stopping:
                 run.save(step, learner)
             if run.is_due(step) and not run.stopping:

@@ -1,13 +1,31 @@
-"""The exponential moving average (EMA) of the weights, from which samples are drawn (the paper's Appendix F)."""
+"""Averages of the weights, from which samples are drawn: the paper's (Appendix F), and one whose width is chosen after training
+(Karras et al., 2023, arXiv 2312.02696, Section 3)."""
 
 import copy
+import math
 
 import torch
 from torch import nn
 
+from edm.schedule import bisect
 
-class EMA:
-    """Holds the moving average of a network's weights, as a second network `net`.
+
+class Average:
+    """Holds an average of the weights of a network in training, as a second network `net`. `beta` says how fast it forgets."""
+
+    def __init__(self, net: nn.Module):
+        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+        self.weights, self.averages = list(net.parameters()), list(self.net.parameters())
+
+    @torch.no_grad()
+    def update(self, images_seen: int, batch_size: int) -> None:
+        """Update the average after a step of the optimizer; `images_seen` includes the `batch_size` images of this step."""
+        beta = self.beta(images_seen, batch_size)
+        torch._foreach_lerp_(self.averages, self.weights, 1 - beta)  # average = beta average + (1 - beta) weight
+
+
+class EMA(Average):
+    """The exponential moving average.
 
     Args:
         net: the network in training.
@@ -16,10 +34,8 @@ class EMA:
     """
 
     def __init__(self, net: nn.Module, halflife_images: float, rampup_ratio: float | None = 0.05):
-        self.net = copy.deepcopy(net).eval().requires_grad_(False)
-        self.weights, self.averages = list(net.parameters()), list(self.net.parameters())
-        self.halflife_images = halflife_images
-        self.rampup_ratio = rampup_ratio
+        super().__init__(net)
+        self.halflife_images, self.rampup_ratio = halflife_images, rampup_ratio
 
     def beta(self, images_seen: int, batch_size: int) -> float:
         """Return the decay of one update, 0.5^(batch_size / half-life)."""
@@ -28,8 +44,55 @@ class EMA:
             halflife = min(halflife, self.rampup_ratio * images_seen)
         return 0.5 ** (batch_size / halflife)
 
-    @torch.no_grad()
-    def update(self, images_seen: int, batch_size: int) -> None:
-        """Update the average after a step of the optimizer; `images_seen` includes the `batch_size` images of this step."""
-        beta = self.beta(images_seen, batch_size)
-        torch._foreach_lerp_(self.averages, self.weights, 1 - beta)  # average = beta average + (1 - beta) weight
+
+class PowerEMA(Average):
+    """The integral of p(tau) theta(tau) from 0 to t, with the profile p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1).
+
+    Args:
+        net: the network in training, of weights theta.
+        sigma_rel: the width of the average, which decides gamma: the standard deviation of tau / t under p.
+    """
+
+    def __init__(self, net: nn.Module, sigma_rel: float):
+        super().__init__(net)
+        self.gamma = gamma_of(sigma_rel)
+
+    def beta(self, images_seen: int, batch_size: int) -> float:
+        """Return the decay of one update: the integral of p up to this step. It is exact, as theta is constant in a step."""
+        return (1 - batch_size / images_seen) ** (self.gamma + 1)
+
+
+def width(gamma: float) -> float:
+    """Return sigma_rel: under p, tau / t has the distribution Beta(gamma + 1, 1)."""
+    return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """Return the gamma of a width; a ValueError says which widths there are."""
+    if not 0 < sigma_rel < width(0):
+        raise ValueError(f"the width of an average is above 0 and below {width(0):.4f}, not {sigma_rel:g}")
+    return bisect(lambda gamma: -width(gamma), -sigma_rel)
+
+
+def reconstruct(averages: list[tuple[float, float]], target: tuple[float, float]) -> tuple[torch.Tensor, float]:
+    """Return factors x_i, with which a sum of known averages is nearest to another one, and how near it is.
+
+    |sum x_i p_i - p| is minimal for profiles p_i and p under sum x_i = 1. With m = min(s, t), the integral of p_i p is
+    (gamma_i + 1) (gamma + 1) / (s^(gamma_i + 1) t^(gamma + 1)) m^(gamma_i + gamma + 1) / (gamma_i + gamma + 1).
+
+    Args:
+        averages: (s, sigma_rel) of each: at which step it was taken, and its width.
+        target: (t, sigma_rel) of the one that is wanted.
+
+    Returns:
+        x, (len(averages),) in float64, and the residual |sum x_i p_i - p| / |p|.
+    """
+    t, g = torch.tensor([(step, gamma_of(sigma_rel)) for step, sigma_rel in (*averages, target)], dtype=torch.float64).T
+    t, s, g, h = t / t[-1], t[:, None] / t[-1], g + 1, g[:, None] + 1
+    m = torch.minimum(s, t)
+    products = g / (g + h - 1) * h * (m / t) ** g * (m / s) ** h / m
+    A, b = products[:-1, :-1], products[:-1, -1]
+    x, ones = torch.linalg.solve(A, torch.stack([b, torch.ones_like(b)], dim=1)).unbind(1)
+    x = x + (1 - x.sum()) / ones.sum() * ones  # by Lagrange's multiplier of the constraint
+    difference = torch.cat([x, -torch.ones_like(x[:1])])
+    return x, ((difference @ products @ difference).clamp(min=0) / products[-1, -1]).sqrt().item()

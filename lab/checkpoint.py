@@ -2,7 +2,9 @@
 
 A checkpoint holds `step`, `name`, `config` (nested plain values) and `ema` (the averaged weights, which samples are made with).
 A training run goes on from one that also holds `net`, `optimizer`, `scaler`, `noise_distribution` and `losses`, a table
-(steps, 1 + NUM_BANDS): the mean loss of each step, and that in each band of noise levels (`edm.loss.NOISE_BANDS`).
+(steps, 1 + NUM_BANDS): the mean loss of each step, and that in each band of noise levels (`edm.loss.NOISE_BANDS`). With
+`ema.snapshot_every_n` it also holds `power_ema`: {width: weights} of the averages that `WIDTHS` names. A snapshot,
+`snapshot-{step}.pt`, is a checkpoint of these in half precision; its `ema` is the narrower of the two.
 
 The file is the zip archive that `torch.save` writes. No code in it can run, and damage to what it holds is recognised by the
 checksums of the archive.
@@ -26,15 +28,17 @@ from lab.cli import UserError, brief
 from lab.config import Config
 from lab.published import is_plain
 
-
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """Return the path of the checkpoint of a step."""
-    return folder / f"diffusion-{step}.pt"
+WIDTHS = (0.05, 0.10)  # of the averages in snapshots
 
 
-def saved_steps(folder: Path) -> list[int]:
-    """Return the steps of the checkpoints in a folder, in rising order."""
-    matches = (re.fullmatch(r"diffusion-(\d+)\.pt", path.name, re.ASCII) for path in folder.glob("diffusion-*.pt"))
+def checkpoint_path(folder: Path, step: int, kind: str = "diffusion") -> Path:
+    """Return the path of the checkpoint of a step, or of its snapshot (kind "snapshot")."""
+    return folder / f"{kind}-{step}.pt"
+
+
+def saved_steps(folder: Path, kind: str = "diffusion") -> list[int]:
+    """Return the steps of the checkpoints or snapshots in a folder, in rising order."""
+    matches = (re.fullmatch(rf"{kind}-(\d+)\.pt", path.name, re.ASCII) for path in folder.glob(f"{kind}-*.pt"))
     return sorted(int(match[1]) for match in matches if match)
 
 
@@ -141,6 +145,11 @@ def check_contents(contents: object, path: Path) -> None:
     for key in {"ema", "net"} & contents.keys():
         if not is_weights(contents[key]):
             refuse(f"its {key} is not a table of tensors")
+    averages = contents.get("power_ema", {})
+    if not isinstance(averages, dict) or averages.keys() not in (set(), {*WIDTHS}):
+        refuse(f"its power_ema is not a table of averages of the widths {WIDTHS}")
+    if not all(map(is_weights, averages.values())):
+        refuse("its power_ema does not hold tables of tensors")
     if not is_plain(losses) or losses.ndim != 2 or losses.shape[1] != 1 + NUM_BANDS or len(losses) > step:
         refuse(f"its losses are not {1 + NUM_BANDS} numbers for each step")
 
@@ -161,6 +170,14 @@ def read_config(contents: dict, path: str | Path, overrides: Iterable[str] = ())
     if "schedule" in chain:  # the name of `betas` in earlier versions
         chain["betas"] = chain.pop("schedule")
     return configs.from_dict(values, contents["name"], f"the config in {path}", overrides)
+
+
+def halved(weights: dict) -> dict:
+    """Return weights with matrices in half precision.
+
+    What is small stays exact: biases, norms, and the frequencies of NCSN++, which half precision would change.
+    """
+    return {name: tensor.half() if tensor.ndim > 1 else tensor for name, tensor in weights.items()}
 
 
 def is_weights(value: object) -> bool:

@@ -116,6 +116,7 @@ class EMA(Section):
 
     halflife_images: Annotated[Int, Field(ge=1)] = 50_000
     rampup_ratio: Annotated[Float, Field(gt=0)] | None = 0.05
+    snapshot_every_n: Annotated[Int, Field(ge=1)] | None = None
 
 
 class Checkpoint(Section):

@@ -177,7 +177,6 @@ def export(source: Path, target: Path, config_path: Path | None, overrides: list
         UserError: the source cannot be read, its weights do not fit its config, or the target cannot be written.
     """
     config, denoiser, step = load_denoiser(source, config_path, overrides, torch.device("cpu"))
-    # What is small stays exact: biases, norms, and the frequencies of NCSN++, which half precision would change.
-    ema = {name: tensor.half() if tensor.ndim > 1 else tensor for name, tensor in denoiser.state_dict().items()}
+    ema = checkpoint.halved(denoiser.state_dict())
     checkpoint.save(target, {"step": step, "name": config.name, "config": config.to_dict(), "ema": ema})
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")

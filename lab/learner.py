@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from edm.ema import EMA
+from edm.ema import EMA, PowerEMA
 from edm.precond import PreconditionedDenoiser
 from lab import checkpoint
 from lab.build import build_network, build_noise_distribution
-from lab.checkpoint import is_plain
+from lab.checkpoint import WIDTHS, is_plain
 from lab.cli import UserError
 from lab.config import Config
 from lab.device import autocast, autocast_dtype
@@ -28,6 +28,7 @@ class Learner:
     Attributes:
         net: the denoiser in training.
         ema: its averaged weights; `ema.net` is the denoiser that samples are made with.
+        power_ema: {width: average} for snapshots; empty without `ema.snapshot_every_n`.
         noise_distribution: the distribution of the noise levels.
         precision: that of the network's matrix products.
         scaler: skips steps with gradients that are not finite. In fp16 it also scales the loss, so that small gradients do
@@ -46,6 +47,7 @@ class Learner:
         world = world or World()
         self.precision = world.common_precision(autocast_dtype(training.mixed_precision, device))
         self.ema = EMA(self.net, config.ema.halflife_images, config.ema.rampup_ratio)
+        self.power_ema = {width: PowerEMA(self.net, width) for width in WIDTHS if config.ema.snapshot_every_n}
         self.optimizer = torch.optim.Adam(
             self.net.parameters(),
             lr=training.learning_rate,
@@ -86,6 +88,7 @@ class Learner:
         return {
             "net": self.net.state_dict(),
             "ema": self.ema.net.state_dict(),
+            "power_ema": {width: average.net.state_dict() for width, average in self.power_ema.items()},
             "optimizer": self.optimizer.state_dict()["state"],  # its settings are the config's
             "scaler": self.scaler.state_dict() if self.scales_loss else {},
             "noise_distribution": self.noise_distribution.state_dict(),
@@ -112,6 +115,8 @@ class Learner:
             )
         checkpoint.load_weights(self.net, state["net"], path)
         checkpoint.load_weights(self.ema.net, state["ema"], path)
+        for width, average in self.power_ema.items():  # a run without them counts as one whose weights were these all along
+            checkpoint.load_weights(average.net, state.get("power_ema", {}).get(width, state["net"]), path)
         try:
             moments = {i: like_parameter(state["optimizer"][i], p) for i, p in enumerate(self.net.parameters())}
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})

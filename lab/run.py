@@ -158,10 +158,11 @@ class Run:
             self.path.rename(aside)
             self.path.mkdir()
             print(f"Moved the earlier run to {aside}")
-        for later in [step for step in saved_steps(self.path) if step > first_step]:
-            path = checkpoint_path(self.path, later)  # this run will make another checkpoint of that step
-            aside = path.rename(unused(path.with_name(f"{path.name}.old")))
-            print(f"Renamed {path} to {aside.name}")
+        for kind in ("diffusion", "snapshot"):
+            for later in [step for step in saved_steps(self.path, kind) if step > first_step]:
+                path = checkpoint_path(self.path, later, kind)  # this run will make another one of that step
+                aside = path.rename(unused(path.with_name(f"{path.name}.old")))
+                print(f"Renamed {path} to {aside.name}")
         self.world.mark_started(key)
         return contents
 
@@ -212,6 +213,11 @@ class Run:
         """Return whether a checkpoint and a sample grid are due after this step."""
         training = self.config.training
         return step > 0 and (step % training.save_and_sample_every_n == 0 or step == training.num_training_steps)
+
+    def is_snapshot_due(self, step: int) -> bool:
+        """Return whether a snapshot of the averages is due after this step."""
+        every_n = self.config.ema.snapshot_every_n
+        return every_n is not None and (step % every_n == 0 or step == self.config.training.num_training_steps)
 
     def lacks_grid(self, step: int) -> bool:
         """Return whether the sample grid of this step is due and missing: the run was stopped before it was drawn."""
@@ -269,6 +275,17 @@ class Run:
                 if not keep.keep_every_n or old % keep.keep_every_n:
                     checkpoint_path(self.path, old).unlink(missing_ok=True)
         pictures.save_loss_curve(self.loss_curve, self.log.steps, losses, NOISE_BANDS)
+
+    def save_snapshot(self, step: int, learner: Learner) -> None:
+        """Write the averages of a step in half precision, for `lab.ema`. No snapshot is ever deleted.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        averages = {width: checkpoint.halved(average.net.state_dict()) for width, average in learner.power_ema.items()}
+        contents = {"step": step, "name": self.config.name, "config": self.config.to_dict()}
+        contents |= {"ema": averages[min(averages)], "power_ema": averages}
+        self.world.broadcast(lambda: checkpoint.save(checkpoint_path(self.path, step, "snapshot"), contents))
 
     def finish(self, first_step: int, step: int) -> None:
         """Print where everything is and what to do next.

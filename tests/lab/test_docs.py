@@ -10,9 +10,11 @@ from torch.distributed.run import get_args_parser
 from lab.config import SECTIONS
 
 ROOT = Path(__file__).parents[2]
-MODULES = {path.stem: f"{path.parent.name}.{path.stem}" for path in [*ROOT.glob("edm/*.py"), *ROOT.glob("lab/*.py")]}
+MODULES = {}  # each name's modules: `ema` is one of edm and one of lab
+for path in [*ROOT.glob("edm/*.py"), *ROOT.glob("lab/*.py")]:
+    MODULES.setdefault(path.stem, []).append(f"{path.parent.name}.{path.stem}")
 SCRIPTS = [
-    *("train_mnist.py", "sample.py", "lab/evaluate.py", "lab/gallery.py", "lab/why.py", "lab/export_onnx.py"),
+    *("train_mnist.py", "sample.py", "lab/evaluate.py", "lab/gallery.py", "lab/why.py", "lab/export_onnx.py", "lab/ema.py"),
     *("benchmarks/throughput.py", "benchmarks/gpu.py"),
 ]
 FOLDERS = "assets|benchmarks|configs|docs|edm|lab|notebooks|playground|tests"
@@ -27,10 +29,13 @@ def document(request):
 
 def is_known(module: str, name: str) -> bool:
     """Return whether a module of edm or lab has the name, or a section of configs the entry."""
-    found = importlib.import_module(MODULES[module]) if module in MODULES else None
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return found is not None or name in SECTIONS.get(module, ())
+    for path in MODULES.get(module, ()):
+        found = importlib.import_module(path)
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if found is not None:
+            return True
+    return name in SECTIONS.get(module, ())
 
 
 def test_the_readme_is_short():

@@ -14,6 +14,7 @@ AUGMENTED = ["training.accumulation=7", "network.augment_dim=9", "data.augment_p
 IMPORTANCE = ["preconditioning.formulation=improved_ddpm", "loss.objective=hybrid", "loss.noise_distribution=importance"]
 IMPORTANCE += ["loss.weighting=iddpm", "chain.betas=cosine", "chain.num_timesteps=2"]
 PLAIN = ["network.dropout=0", "--batch_size", "7", "--num_training_steps", "8", "--save_and_sample_every_n", "4"]
+PLAIN += ["ema.snapshot_every_n=4"]
 RUNS = {
     "augmented": [*PLAIN, *AUGMENTED],
     "importance": [*PLAIN, *IMPORTANCE],
@@ -83,11 +84,12 @@ def test_two_processes_are_one_run_that_survives_a_crash_and_stops_as_one(start,
     for one in ones:
         two = tmp_path / "two" / one.relative_to(tmp_path)
         ours, theirs = (checkpoint.load(run / "diffusion-8.pt") for run in (two, one))
-        for part in ("losses", "net", "ema", "noise_distribution"):
+        for part in ("losses", "net", "ema", "power_ema", "noise_distribution"):
             torch.testing.assert_close(ours[part], theirs[part], rtol=1e-8, atol=1e-10, equal_nan=True)
         grids = [pil_to_tensor(Image.open(run / "sample-8.png")).int() for run in (two, one)]
         assert (grids[0] - grids[1]).abs().max() <= 1
         assert steps_recorded(two) == list(range(1, 9))
+        assert saved_steps(two, "snapshot") == [4, 8]
     assert theirs["noise_distribution"]["history"].isfinite().all()
 
     assert err.count("rank 0 fails: UserError('there is no checkpoint none.pt')\n") == 1, err
