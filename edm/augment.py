@@ -1,12 +1,11 @@
 """Non-leaky augmentation of the training images (the paper's Appendix F.2, Table 6).
 
 Every image is transformed at random, and nine numbers tell the network how. They are all 0 for an untransformed image, so
-sampling with zeros gives untransformed images. The transformations, their order and the labels are those of Table 6. The
-anti-aliasing filter (`antialias`) is ours: the authors use another one.
+sampling with zeros gives untransformed images. The transformations, their order and the labels are those of Table 6.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import grid_sample, pad
@@ -60,10 +59,6 @@ class Transformation:
             shift=normal(2) * bernoulli(probability)[:, None],
         )
 
-    def select(self, images: slice) -> "Transformation":
-        """Return the transformations of the given images alone."""
-        return Transformation(*(getattr(self, field.name)[images] for field in fields(self)))
-
     def labels(self) -> torch.Tensor:
         """Return the augmentation labels (B, 9), which tell the network what was done."""
         columns = [
@@ -81,25 +76,11 @@ class Transformation:
     def apply(self, images: torch.Tensor) -> torch.Tensor:
         """Transform images (B, C, H, W) in [-1, 1], at least 2 pixels high and wide, differentiably.
 
-        Borders are reflected. Flips are exact, and images to which nothing else happens are not resampled.
+        Flips are exact. Everything else is one cubic interpolation of the anti-aliased images, with reflected borders; images
+        to which nothing but flips happens are not interpolated.
         """
         images = torch.where(self.x_flip[:, None, None, None] > 0, images.flip(3), images)
         images = torch.where(self.y_flip[:, None, None, None] > 0, images.flip(2), images)
-        resampled = self.resample(images).clamp(-1, 1)  # cubic interpolation overshoots
-        moved = (self.zoom != 0) | (self.angle != 0) | (self.stretch != 0) | (self.shift != 0).any(dim=1)
-        return torch.where(moved[:, None, None, None], resampled, images)
-
-    def inverse_matrix(self) -> torch.Tensor:
-        """Return the inverse of zoom, rotation and stretch together: (B, 2, 2), from output to input positions.
-
-        Positions (x, y) are relative to the image's centre. The shift is not included.
-        """
-        stretch = torch.stack([2 ** (-0.2 * self.stretch), 2 ** (0.2 * self.stretch)], dim=-1)
-        inverse_stretch = rotation_matrix(self.axis) * stretch[:, None, :] @ rotation_matrix(-self.axis)
-        return 2 ** (-0.2 * self.zoom)[:, None, None] * rotation_matrix(-self.angle) @ inverse_stretch
-
-    def resample(self, images: torch.Tensor) -> torch.Tensor:
-        """Zoom, rotate, stretch and shift images (B, C, H, W) in one cubic interpolation of the anti-aliased images."""
         height, width = images.shape[2:]
         shift = self.shift.to(images.dtype)
         # Positions of the output's pixels relative to the centre: first with the shift undone, then in the input.
@@ -110,7 +91,18 @@ class Transformation:
         x, y = (torch.stack([x, y], dim=-1) @ inverse.mT[:, None]).unbind(dim=-1)
         grid = torch.stack([x * 2 / (width - 1), y * 2 / (height - 1)], dim=-1)  # centres of the outermost pixels are -1 and 1
         smooth = antialias(images, inverse)
-        return grid_sample(smooth, grid, mode="bicubic", padding_mode="reflection", align_corners=True)
+        resampled = grid_sample(smooth, grid, mode="bicubic", padding_mode="reflection", align_corners=True)
+        moved = (self.zoom != 0) | (self.angle != 0) | (self.stretch != 0) | (self.shift != 0).any(dim=1)
+        return torch.where(moved[:, None, None, None], resampled.clamp(-1, 1), images)  # cubic interpolation overshoots
+
+    def inverse_matrix(self) -> torch.Tensor:
+        """Return the inverse of zoom, rotation and stretch together: (B, 2, 2), from output to input positions.
+
+        Positions (x, y) are relative to the image's centre. The shift is not included.
+        """
+        stretch = torch.stack([2 ** (-0.2 * self.stretch), 2 ** (0.2 * self.stretch)], dim=-1)
+        inverse_stretch = rotation_matrix(self.axis) * stretch[:, None, :] @ rotation_matrix(-self.axis)
+        return 2 ** (-0.2 * self.zoom)[:, None, None] * rotation_matrix(-self.angle) @ inverse_stretch
 
 
 def antialias(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
@@ -157,5 +149,6 @@ def augment(
     """
     if probability == 0:
         return images, images.new_zeros(len(images), NUM_LABELS)
-    transformation = Transformation.draw(batch_size or len(images), probability, generator).select(shard)
+    whole_batch = Transformation.draw(batch_size or len(images), probability, generator)
+    transformation = Transformation(*(field[shard] for field in vars(whole_batch).values()))
     return transformation.apply(images), transformation.labels()

@@ -109,7 +109,7 @@ class Filter(nn.Module):
 
     def __init__(self, direction: str, taps: tuple[int, ...], padding: int | None = None):
         super().__init__()
-        self.direction = direction
+        self.resample = conv2d if direction == "down" else conv_transpose2d
         self.padding = (len(taps) - 1) // 2 if padding is None else padding
         line = torch.tensor(taps, dtype=torch.float32) / sum(taps)
         gain = 4 if direction == "up" else 1  # a transposed convolution of stride 2 spreads one pixel over four
@@ -118,8 +118,7 @@ class Filter(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x (B, C, H, W) to (B, C, H / 2, W / 2) or (B, C, 2 H, 2 W)."""
         channels = x.shape[1]
-        resample = conv2d if self.direction == "down" else conv_transpose2d
-        return resample(x, self.kernel.expand(channels, -1, -1, -1), stride=2, padding=self.padding, groups=channels)
+        return self.resample(x, self.kernel.expand(channels, -1, -1, -1), stride=2, padding=self.padding, groups=channels)
 
 
 def resampler(direction: str | None, taps: tuple[int, ...]) -> nn.Module:

@@ -106,34 +106,27 @@ class Chain:
         return fraction * pixelwise(self.log_beta, t) + (1 - fraction) * pixelwise(self.log_small, t)
 
     def reverse(
-        self,
-        denoiser: Denoiser,
-        x_t: torch.Tensor,
-        t: torch.Tensor,
-        labels: torch.Tensor | None,
-        variance: str,
+        self, denoiser: Denoiser, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, variance: str
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the reverse step p(x_{t-1} | x_t), a normal distribution (H11, N13).
 
         Args:
-            denoiser: D(x, sigma, labels); for the learned variance a `precond.VarianceDenoiser`.
+            denoiser: D(x, sigma, labels); for the learned variance with `all_outputs`, as `precond.PreconditionedDenoiser`.
             variance: fixed_small, the posterior's; fixed_large, beta; or learned_range, between them as the network says.
 
         Returns:
             The denoised images, the mean of x_{t-1}, and its log-variance, which broadcasts to x_t's shape.
 
         Raises:
-            ValueError: there is no such variance.
+            KeyError: there is no such variance.
         """
-        if variance not in VARIANCES:
-            raise ValueError(f"variance must be one of {', '.join(VARIANCES)}")
         x, sigma = x_t / pixelwise(self.scale, t), self.sigma[t]
         if variance == "learned_range":
             denoised, v = denoiser(x, sigma, labels, all_outputs=True).to(x.dtype).chunk(2, dim=1)
             log_variance = self.learned_log_variance(v, t)
         else:
             denoised = denoiser(x, sigma, labels).to(x.dtype)
-            log_variance = pixelwise(self.log_small if variance == "fixed_small" else self.log_large, t)
+            log_variance = pixelwise({"fixed_small": self.log_small, "fixed_large": self.log_large}[variance], t)
         return denoised, self.posterior_mean(denoised, x_t, t), log_variance
 
     def bound_term(
@@ -145,7 +138,7 @@ class Chain:
         """
         divergence = normal_divergence(self.posterior_mean(y, x_t, t), pixelwise(self.log_small, t), mean, log_variance)
         reconstruction = -discretized_log_likelihood(y, mean, log_variance / 2)
-        return mean_bits(torch.where(pixelwise(t, slice(None)) == 0, reconstruction, divergence))
+        return mean_bits(torch.where(t[:, None, None, None] == 0, reconstruction, divergence))
 
     def prior_term(self, y: torch.Tensor) -> torch.Tensor:
         """Return L_T (H5), the divergence of q(x_T | y) from N(0, I): (B,), in bits per dimension. It depends on no network."""
@@ -167,7 +160,7 @@ def make_chain(betas: str = "linear", num_timesteps: int = 1000) -> Chain:
     return Chain((1 - beta).cumprod(dim=0), torch.arange(num_timesteps))
 
 
-def pixelwise(table: torch.Tensor, t: torch.Tensor | slice) -> torch.Tensor:
+def pixelwise(table: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """Return the table's entries at t, (B,), as (B, 1, 1, 1)."""
     return table[t][:, None, None, None]
 

@@ -13,24 +13,6 @@ import torch
 from edm.precond import Denoiser, score
 
 
-def dequantize(images: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Move each pixel to a random point of its grey level's interval, so that 8-bit images have a density.
-
-    Args:
-        images: (B, C, H, W) uint8.
-        uniform: (B, C, H, W), draws from [0, 1).
-
-    Returns:
-        (B, C, H, W) in the dtype of `uniform`, from -1 - 1/255 to 1 + 1/255.
-    """
-    return (images - 0.5 + uniform) / 127.5 - 1
-
-
-def bits_per_dimension(log_density: torch.Tensor, num_dimensions: int) -> torch.Tensor:
-    """Convert the log-density of dequantized images, in nats, to bits per pixel and channel (a grey level is 2/255 wide)."""
-    return -log_density / (num_dimensions * math.log(2)) + math.log2(127.5)
-
-
 def denoise_with_trace(
     denoiser: Denoiser, x: torch.Tensor, sigma: float, labels: torch.Tensor | None, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ D(x; sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x; c_noise(sigma))
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -30,31 +30,12 @@ class Denoiser(Protocol):
         Returns:
             (B, C, H, W).
         """
-        ...
-
-
-class VarianceDenoiser(Denoiser, Protocol):
-    """A denoiser whose network also puts out a variance v, as Improved DDPM's does (`ddpm.py`)."""
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        sigma: torch.Tensor | float,
-        labels: torch.Tensor | None = None,
-        *,
-        all_outputs: bool = False,
-    ) -> torch.Tensor:
-        """Return D(x; sigma), (B, C, H, W), or with `all_outputs` D and v, (B, 2 C, H, W)."""
-        ...
 
 
 def score(x: torch.Tensor, sigma: torch.Tensor | float, denoised: torch.Tensor) -> torch.Tensor:
     """Return the score, the gradient of log p(x; sigma) with respect to x: (D(x; sigma) - x) / sigma^2 (Eq. 3).
 
-    Args:
-        x: (B, C, H, W), noisy images.
-        sigma: their noise level, a number or a tensor that broadcasts to x.
-        denoised: (B, C, H, W), D(x; sigma).
+    Takes noisy images x (B, C, H, W), their noise level, which broadcasts to x, and D(x; sigma), (B, C, H, W).
     """
     return (denoised - x) / sigma**2
 
@@ -72,6 +53,10 @@ class Preconditioning:
     sigma_min = 0.0
     sigma_max = math.inf
     outputs = 1
+
+    def c_skip(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Return 1, as in all columns but EDM's."""
+        return torch.ones_like(sigma)
 
     def round_sigma(self, sigma: torch.Tensor) -> torch.Tensor:
         """Return the nearest noise level that the network knows; here it knows all."""
@@ -104,15 +89,10 @@ class EDMPreconditioning(Preconditioning):
         return sigma.log() / 4
 
 
-@dataclass(frozen=True)
 class VEPreconditioning(Preconditioning):
     """The VE column: the network sees the noisy image as it is, and predicts the negated noise at unit variance."""
 
-    sigma_min: float = 0.02
-    sigma_max: float = 100.0
-
-    def c_skip(self, sigma: torch.Tensor) -> torch.Tensor:
-        return torch.ones_like(sigma)
+    sigma_min, sigma_max = 0.02, 100.0
 
     def c_out(self, sigma: torch.Tensor) -> torch.Tensor:
         return sigma
@@ -127,9 +107,6 @@ class VEPreconditioning(Preconditioning):
 class NoisePrediction(Preconditioning):
     """What VP and iDDPM share: for data of variance 1 the network sees unit variance, and it predicts the noise."""
 
-    def c_skip(self, sigma: torch.Tensor) -> torch.Tensor:
-        return torch.ones_like(sigma)
-
     def c_out(self, sigma: torch.Tensor) -> torch.Tensor:
         return -sigma
 
@@ -137,32 +114,15 @@ class NoisePrediction(Preconditioning):
         return 1 / (sigma**2 + 1).sqrt()
 
 
-@dataclass(frozen=True)
 class VPPreconditioning(NoisePrediction):
-    """The VP column: the network is told the time t of the VP schedule, times M - 1."""
+    """The VP column: the network is told the time t of the VP schedule, from 1e-5 (epsilon_t) to 1, times M - 1 = 999."""
 
-    beta_d: float = 19.9
-    beta_min: float = 0.1
-    M: int = 1000
-    epsilon_t: float = 1e-5
-
-    @property
-    def schedule(self) -> VP:
-        return VP(self.beta_d, self.beta_min)
-
-    @property
-    def sigma_min(self) -> float:
-        return self.schedule.sigma(torch.tensor(self.epsilon_t, dtype=torch.float64)).item()
-
-    @property
-    def sigma_max(self) -> float:
-        return self.schedule.sigma(torch.tensor(1.0, dtype=torch.float64)).item()
+    sigma_min, sigma_max = VP().sigma(torch.tensor([1e-5, 1.0], dtype=torch.float64)).tolist()
 
     def c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
-        return (self.M - 1) * self.schedule.inverse(sigma)
+        return 999 * VP().inverse(sigma)
 
 
-@dataclass(frozen=True)
 class iDDPMPreconditioning(NoisePrediction):
     """The iDDPM column: the network knows M noise levels alone, and is told the index of the nearest one.
 
@@ -171,16 +131,10 @@ class iDDPMPreconditioning(NoisePrediction):
         outputs: 2 if the network also puts out a variance, of which D makes no use, else 1.
     """
 
-    levels: NoiseLevels = field(default_factory=lambda: NoiseLevels(iddpm_levels()[:-1].flip(0)))
-    outputs: int = 2
-
-    @property
-    def sigma_min(self) -> float:
-        return self.levels.sigma[0].item()
-
-    @property
-    def sigma_max(self) -> float:
-        return self.levels.sigma[-1].item()
+    def __init__(self, levels: NoiseLevels | None = None, outputs: int = 2):
+        self.levels = levels or NoiseLevels(iddpm_levels()[:-1].flip(0))
+        self.outputs = outputs
+        self.sigma_min, self.sigma_max = self.levels.sigma[[0, -1]].tolist()
 
     def c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
         """Return the index of the nearest level, from 0 for the lowest (M - 1 - j in Table 1).
@@ -225,15 +179,14 @@ class PreconditionedDenoiser(nn.Module):
         Returns:
             (B, C, H, W), the expected clean images; with `all_outputs` (B, outputs C, H, W).
         """
-        c_skip, c_out, c_in, c_noise = (getattr(self.preconditioning, c) for c in ("c_skip", "c_out", "c_in", "c_noise"))
-        dtype, channels = next(self.model.parameters()).dtype, x.shape[1]
+        p, dtype, channels = self.preconditioning, next(self.model.parameters()).dtype, x.shape[1]
         x = x.to(dtype)
         if not isinstance(sigma, torch.Tensor):
             sigma = x.new_full((), sigma)  # on the GPU, without waiting for it as a copy of a number would
         sigma = sigma.to(x).expand(x.shape[0])
         per_image = sigma[:, None, None, None]
-        F = self.model(c_in(per_image) * x, c_noise(sigma), labels, augment_labels).to(dtype)
-        D = c_skip(per_image) * x + c_out(per_image) * F[:, :channels]
+        F = self.model(p.c_in(per_image) * x, p.c_noise(sigma), labels, augment_labels).to(dtype)
+        D = p.c_skip(per_image) * x + p.c_out(per_image) * F[:, :channels]
         return torch.cat([D, F[:, channels:]], dim=1) if all_outputs else D
 
     def round_sigma(self, sigma: float) -> float:

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 Function = Callable[[torch.Tensor], torch.Tensor | float]  # of a time t, or of a noise level
 
 
-# sigma(t), each with its inverse
+# sigma(t), each with its inverse, and s(t)
 
 
 def linear(sigma_min: float, sigma_max: float) -> tuple[Function, Function]:
@@ -68,11 +69,8 @@ class VP:
 SCHEDULES = {"linear": linear, "ve": ve, "vp": vp}
 
 
-# s(t), for a given sigma(t)
-
-
 def unscaled(sigma: Function) -> Function:
-    """Return s(t) = 1."""
+    """Return s(t) = 1, whatever sigma(t)."""
     return lambda t: 1.0
 
 
@@ -84,7 +82,7 @@ def vp_scaling(sigma: Function) -> Function:
 SCALINGS = {"none": unscaled, "vp": vp_scaling}
 
 
-# The time steps t_i, given by their noise levels sigma(t_i): (N + 1,), falling, the last one 0, float64 on the CPU
+# The time steps t_i, given by their noise levels sigma(t_i); `pad(..., (0, 1))` appends the last one, 0
 
 
 def edm_steps(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> torch.Tensor:
@@ -100,34 +98,31 @@ def edm_steps(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0,
     """
     first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     fraction = evenly_spaced(num_steps)  # i / (N - 1)
-    return with_zero(((1 - fraction) * first + fraction * last) ** rho)  # Eq. 5, arranged so that both ends are exact
+    return pad(((1 - fraction) * first + fraction * last) ** rho, (0, 1))  # Eq. 5, arranged so that both ends are exact
 
 
 def vp_steps(num_steps: int, sigma_min: float, sigma_max: float, epsilon_s: float = 1e-3) -> torch.Tensor:
     """Return VP's noise levels: those at times evenly spaced from 1 to epsilon_s."""
     t = 1 + evenly_spaced(num_steps) * (epsilon_s - 1)
-    return with_zero(VP.between(sigma_min, sigma_max, epsilon_s).sigma(t))
+    return pad(VP.between(sigma_min, sigma_max, epsilon_s).sigma(t), (0, 1))
 
 
 def ve_steps(num_steps: int, sigma_min: float = 0.02, sigma_max: float = 100.0) -> torch.Tensor:
     """Return VE's noise levels: a geometric progression from sigma_max to sigma_min."""
-    return with_zero(sigma_max * (sigma_min / sigma_max) ** evenly_spaced(num_steps))
+    return pad(sigma_max * (sigma_min / sigma_max) ** evenly_spaced(num_steps), (0, 1))
 
 
-def iddpm_steps(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 81.0, **constants: float) -> torch.Tensor:
+def iddpm_steps(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 81.0) -> torch.Tensor:
     """Return iDDPM's noise levels: evenly spaced ones of the u_j between sigma_min and sigma_max.
-
-    Args:
-        constants: M, C_1 and C_2 of `iddpm_levels`.
 
     Raises:
         ValueError: there are fewer than num_steps of them.
     """
-    u = iddpm_levels(**constants)
+    u = iddpm_levels()
     u = u[(u >= sigma_min) & (u <= sigma_max)]
     if num_steps > len(u):
         raise ValueError(f"iDDPM has {len(u)} noise levels from {sigma_min:g} to {sigma_max:g}, too few for {num_steps} steps")
-    return with_zero(u[evenly_spaced(num_steps, last=len(u) - 1).round().long()])
+    return pad(u[evenly_spaced(num_steps, last=len(u) - 1).round().long()], (0, 1))
 
 
 @functools.cache
@@ -140,17 +135,12 @@ def iddpm_levels(M: int = 1000, C_1: float = 0.001, C_2: float = 0.008) -> torch
     j = torch.arange(M + 1, dtype=torch.float64)
     alpha_bar = torch.sin(math.pi / 2 * j / (M * (C_2 + 1))) ** 2
     growth = 1 / (alpha_bar[:-1] / alpha_bar[1:]).clamp(min=C_1)
-    return with_zero((growth.flip(0).cumprod(0).flip(0) - 1).sqrt())
+    return pad((growth.flip(0).cumprod(0).flip(0) - 1).sqrt(), (0, 1))
 
 
 def evenly_spaced(number: int, last: int = 1) -> torch.Tensor:
     """Return `number` values evenly spaced from 0 to `last`: i last / (number - 1). A single value is 0."""
     return torch.arange(number, dtype=torch.float64) * last / max(number - 1, 1)
-
-
-def with_zero(sigma: torch.Tensor) -> torch.Tensor:
-    """Append a final 0 to the noise levels."""
-    return torch.cat([sigma, torch.zeros(1, dtype=torch.float64)])
 
 
 DISCRETIZATIONS = {"edm": edm_steps, "vp": vp_steps, "ve": ve_steps, "iddpm": iddpm_steps}
@@ -184,9 +174,7 @@ class NoiseLevels:
     def nearest(self, sigma: torch.Tensor) -> torch.Tensor:
         """Return the index of the level nearest to each sigma, a tensor of any shape."""
         levels = self.like(sigma)
-        above = torch.searchsorted(levels, sigma.contiguous())
-        below, above = (above - 1).clamp(min=0), above.clamp(max=len(levels) - 1)
-        return torch.where(sigma - levels[below] <= levels[above] - sigma, below, above)
+        return torch.bucketize(sigma.contiguous(), (levels[1:] + levels[:-1]) / 2)
 
 
 # Any sigma(t) and s(t)
@@ -237,51 +225,15 @@ class Schedule:
         if sigma == 0:
             return 0.0 if self.sigma(0.0) == 0 else -math.inf
         if self.sigma_inverse is None:
-            return bisect(self.sigma, sigma)
-        t = float(self.sigma_inverse(torch.tensor(sigma, dtype=torch.float64)))
-        if not math.isfinite(t):
-            raise ValueError(f"the schedule has no time at which the noise level is {sigma:g}")
+            t = bisect(self.sigma, sigma)
+        else:
+            t = float(self.sigma_inverse(torch.tensor(sigma, dtype=torch.float64)))
+        if not math.isclose(self.sigma(t), sigma, rel_tol=1e-6):
+            raise ValueError(f"the schedule has no time at which the noise level is {sigma:g}: sigma(t) must rise through it")
         return t
 
 
 LINEAR = Schedule(lambda t: t, sigma_inverse=lambda sigma: sigma)  # EDM's choice: sigma(t) = t, s(t) = 1
-
-
-def table_1(
-    num_steps: int,
-    discretization: str = "edm",
-    schedule: str = "linear",
-    scaling: str = "none",
-    sigma_min: float | None = None,
-    sigma_max: float | None = None,
-    rho: float = 7.0,
-    supported: tuple[float, float] = (0.0, math.inf),
-) -> tuple[torch.Tensor, Schedule]:
-    """Return the noise levels and the schedule that these names have in Table 1.
-
-    Args:
-        num_steps: N, at least 1.
-        discretization, schedule, scaling: names in `DISCRETIZATIONS`, `SCHEDULES` and `SCALINGS`.
-        sigma_min, sigma_max: the range of noise levels; None takes the discretization's own from `RANGES`.
-        rho: used by EDM's discretization alone.
-        supported: the lowest and the highest noise level that the denoiser knows; the range is clamped to them.
-
-    Returns:
-        The noise levels (num_steps + 1,), falling, the last one 0; and sigma(t) with s(t).
-
-    Raises:
-        ValueError: the range is empty, or one of the choices cannot cover it.
-    """
-    low, high = RANGES[discretization]
-    low = max(low if sigma_min is None else sigma_min, supported[0])
-    high = min(high if sigma_max is None else sigma_max, supported[1])
-    if not low < high:
-        known = f"the denoiser knows {supported[0]:g} to {supported[1]:g}"
-        raise ValueError(f"sigma_min {low:g} must be below sigma_max {high:g}; {known}")
-    options = {"rho": rho} if discretization == "edm" else {}
-    sigma_steps = DISCRETIZATIONS[discretization](num_steps, low, high, **options)
-    sigma, sigma_inverse = SCHEDULES[schedule](low, high)
-    return sigma_steps, Schedule(sigma, SCALINGS[scaling](sigma), sigma_inverse)
 
 
 class Time(torch.Tensor):
@@ -304,11 +256,7 @@ def derivative(function: Function, t: float) -> float:
 
 
 def bisect(function: Callable[[float], float], target: float) -> float:
-    """Return t with function(t) = target, exact to the last bit, for a function that rises where it is defined.
-
-    Raises:
-        ValueError: there is no such t.
-    """
+    """Return t with function(t) = target, exact to the last bit, if there is one; the function rises where it is defined."""
     low, high, reach = 0.0, 2.0**-30, 2.0**1000
 
     def is_beyond(t: float) -> bool:
@@ -321,6 +269,4 @@ def bisect(function: Callable[[float], float], target: float) -> float:
         low, high = high, 2 * high
     while low < (middle := (low + high) / 2) < high:
         low, high = (low, middle) if is_beyond(middle) else (middle, high)
-    if not math.isclose(function(high), target, rel_tol=1e-6):
-        raise ValueError(f"no time was found at which the noise level is {target:g}: sigma(t) must rise through it")
     return high

@@ -1,8 +1,8 @@
 """The raw network F(x; c_noise): the U-Nets DDPM++ and NCSN++ of Song et al. (2021) and ADM of Dhariwal and Nichol (2021).
 
-They are plain networks from images to images, which `edm.precond` turns into denoisers. The paper describes them in outline
-(Appendix F). Names of parameters and details that it leaves out follow the networks published with it, whose weights load as
-they are: the order of concatenated features, the scaling of the labels, where the decoder has attention, the initial weights.
+They are plain networks from images to images, which `edm.precond` turns into denoisers. As `blocks.py` says, what the paper
+leaves out follows the networks published with it; here the order of concatenated features, the scaling of the labels, and where
+the decoder has attention.
 """
 
 import math
@@ -17,7 +17,8 @@ from edm import blocks
 class UNet(nn.Module):
     """The base of the three networks: an encoder, a decoder, and skip connections between them.
 
-    DDPM++, NCSN++ and ADM set the class attributes and define the layers of the embedding.
+    DDPM++, NCSN++ and ADM set the class attributes and define the embedding: `add_embedding_layers` adds its layers, and
+    `embedding` maps noise features (B, num_features), labels and augmentation labels to it, e (B, embedding_channels).
 
     Args:
         img_resolution: height and width of the images, in pixels.
@@ -147,7 +148,6 @@ class DDPMpp(UNet):
     """The DDPM++ network (Song et al., 2021)."""
 
     def add_embedding_layers(self, num_features: int, embedding_channels: int) -> None:
-        """Add the layers that map the noise features and the labels to the embedding."""
         init = self.Block.init
         if self.label_dim:
             self.map_label = init(nn.Linear(self.label_dim, num_features))
@@ -157,7 +157,6 @@ class DDPMpp(UNet):
         self.map_layer1 = init(nn.Linear(embedding_channels, embedding_channels))
 
     def embedding(self, features: torch.Tensor, labels: torch.Tensor, augment_labels: torch.Tensor) -> torch.Tensor:
-        """Map noise features (B, num_features), labels and augmentation labels to the embedding e (B, embedding_channels)."""
         if self.label_dim:
             features = features + self.map_label(labels * math.sqrt(self.label_dim))
         if self.augment_dim:
@@ -184,7 +183,6 @@ class ADM(UNet):
     separate_output = True
 
     def add_embedding_layers(self, num_features: int, embedding_channels: int) -> None:
-        """Add the layers that map the noise features and the labels to the embedding."""
         init = self.Block.init
         if self.augment_dim:
             self.map_augment = init(nn.Linear(self.augment_dim, num_features, bias=False), gain=0)
@@ -195,7 +193,6 @@ class ADM(UNet):
             nn.init.normal_(self.map_label.weight)
 
     def embedding(self, features: torch.Tensor, labels: torch.Tensor, augment_labels: torch.Tensor) -> torch.Tensor:
-        """Map noise features (B, num_features), labels and augmentation labels to the embedding e (B, embedding_channels)."""
         if self.augment_dim:
             features = features + self.map_augment(augment_labels)
         e = self.map_layer1(silu(self.map_layer0(features)))

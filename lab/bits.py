@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from edm.ddpm import Chain, variational_bound
-from edm.likelihood import bits_per_dimension, dequantize, log_density
+from edm.likelihood import log_density
 from edm.precond import Denoiser, PreconditionedDenoiser
 from edm.sampler import clipped
 from edm.schedule import RANGES, ve_steps
@@ -64,6 +64,24 @@ def per_image(
             parts += in_parts_that_fit(compute_batch, mine[start : start + batch_size])
     gathered = world.gather(parts)
     return torch.cat([part for shard in gathered for part in shard], dim=1) if world.is_first else None
+
+
+def dequantize(images: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Move each pixel to a random point of its grey level's interval, so that 8-bit images have a density.
+
+    Args:
+        images: (B, C, H, W) uint8.
+        uniform: (B, C, H, W), draws from [0, 1).
+
+    Returns:
+        (B, C, H, W) in the dtype of `uniform`, from -1 - 1/255 to 1 + 1/255.
+    """
+    return (images - 0.5 + uniform) / 127.5 - 1
+
+
+def bits_per_dimension(log_density: torch.Tensor, num_dimensions: int) -> torch.Tensor:
+    """Convert the log-density of dequantized images, in nats, to bits per pixel and channel (a grey level is 2/255 wide)."""
+    return -log_density / (num_dimensions * math.log(2)) + math.log2(127.5)
 
 
 def mean_and_error(values: torch.Tensor) -> tuple[float, float | None]:

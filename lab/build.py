@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from edm.ddpm import Chain, ancestral, ddim, make_chain
-from edm.ddpm_loss import HybridLoss, ImportanceSampledTimesteps, VariationalLoss
+from edm.ddpm_loss import ImportanceSampledTimesteps, variational_loss
 from edm.loss import WEIGHTINGS, LogNormal, NoiseDistribution, UniformLevels, VENoise, VPNoise
 from edm.precond import (
     Denoiser,
@@ -20,7 +20,7 @@ from edm.precond import (
     iDDPMPreconditioning,
 )
 from edm.sampler import State, clipped, guided, sample
-from edm.schedule import Schedule, table_1
+from edm.schedule import DISCRETIZATIONS, RANGES, SCALINGS, SCHEDULES, Schedule
 from edm.unet import NETWORKS
 from lab import checkpoint
 from lab.cli import UserError
@@ -112,8 +112,11 @@ def build_weighting(config: Config) -> Callable[[torch.Tensor], torch.Tensor]:
     return partial(WEIGHTINGS[config.loss.weighting], sigma_data=config.preconditioning.sigma_data)
 
 
-def build_chain_loss(config: Config) -> VariationalLoss | None:
+def build_chain_loss(config: Config) -> Callable[..., torch.Tensor] | None:
     """Return the loss that teaches Improved DDPM its variance, or None for the denoising loss (Eq. 8).
+
+    Returns:
+        A function of the denoiser, y, n, sigma, weight and the denoiser's conditions: `variational_loss` on the chain.
 
     Raises:
         UserError: the network puts out no variance, or is not trained at the timesteps of a chain.
@@ -127,7 +130,7 @@ def build_chain_loss(config: Config) -> VariationalLoss | None:
         raise UserError(
             f"loss.objective: {objective} needs the timesteps of a chain: loss.noise_distribution ddpm or importance"
         )
-    return {"hybrid": HybridLoss, "vlb": VariationalLoss}[objective](build_chain(config))
+    return partial(variational_loss, chain=build_chain(config), hybrid=objective == "hybrid")
 
 
 def build_sampler(config: Config) -> Callable[..., Iterator[State]]:
@@ -203,6 +206,43 @@ def sampling_plan(config: Config) -> tuple[torch.Tensor, Schedule]:
     except ValueError as error:
         raise UserError(f"sampler: {error}") from None
     return sigma_steps, schedule
+
+
+def table_1(
+    num_steps: int,
+    discretization: str = "edm",
+    schedule: str = "linear",
+    scaling: str = "none",
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float = 7.0,
+    supported: tuple[float, float] = (0.0, math.inf),
+) -> tuple[torch.Tensor, Schedule]:
+    """Return the noise levels and the schedule that these names have in Table 1.
+
+    Args:
+        num_steps: N, at least 1.
+        discretization, schedule, scaling: names in `DISCRETIZATIONS`, `SCHEDULES` and `SCALINGS`.
+        sigma_min, sigma_max: the range of noise levels; None takes the discretization's own from `RANGES`.
+        rho: used by EDM's discretization alone.
+        supported: the lowest and the highest noise level that the denoiser knows; the range is clamped to them.
+
+    Returns:
+        The noise levels (num_steps + 1,), falling, the last one 0; and sigma(t) with s(t).
+
+    Raises:
+        ValueError: the range is empty, or one of the choices cannot cover it.
+    """
+    low, high = RANGES[discretization]
+    low = max(low if sigma_min is None else sigma_min, supported[0])
+    high = min(high if sigma_max is None else sigma_max, supported[1])
+    if not low < high:
+        known = f"the denoiser knows {supported[0]:g} to {supported[1]:g}"
+        raise ValueError(f"sigma_min {low:g} must be below sigma_max {high:g}; {known}")
+    options = {"rho": rho} if discretization == "edm" else {}
+    sigma_steps = DISCRETIZATIONS[discretization](num_steps, low, high, **options)
+    sigma, sigma_inverse = SCHEDULES[schedule](low, high)
+    return sigma_steps, Schedule(sigma, SCALINGS[scaling](sigma), sigma_inverse)
 
 
 def known_chain(config: Config, num_steps: int) -> Chain:

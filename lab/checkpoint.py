@@ -2,7 +2,7 @@
 
 A checkpoint holds `step`, `name`, `config` (nested plain values) and `ema` (the averaged weights, which samples are made with).
 A training run goes on from one that also holds `net`, `optimizer`, `scaler`, `noise_distribution` and `losses`, a table
-(steps, 1 + NUM_BANDS): the mean loss of each step, and that in each band of noise levels (`edm.loss.NOISE_BANDS`). With
+(steps, 1 + NUM_BANDS): the mean loss of each step, and that in each band of noise levels (`NOISE_BANDS`). With
 `ema.snapshot_every_n` it also holds `power_ema`: {width: weights} of the averages that `WIDTHS` names. A snapshot,
 `snapshot-{step}.pt`, is a checkpoint of these in half precision; its `ema` is the narrower of the two.
 
@@ -21,7 +21,6 @@ from typing import BinaryIO
 
 import torch
 
-from edm.loss import NUM_BANDS
 from lab import config as configs
 from lab import published
 from lab.cli import UserError, brief
@@ -29,6 +28,8 @@ from lab.config import Config
 from lab.published import is_plain
 
 WIDTHS = (0.05, 0.10)  # of the averages in snapshots
+NOISE_BANDS = (0.05, 0.2, 0.8, 3.2)  # noise levels that divide the record of the training loss into bands (Figure 5a)
+NUM_BANDS = len(NOISE_BANDS) + 1
 
 
 def checkpoint_path(folder: Path, step: int, kind: str = "diffusion") -> Path:

@@ -6,10 +6,24 @@ from pathlib import Path
 
 import torch
 
-from edm.loss import NOISE_BANDS, NUM_BANDS, by_noise_level
-from lab.checkpoint import write_atomically
+from lab.checkpoint import NOISE_BANDS, NUM_BANDS, write_atomically
 from lab.cli import UserError
 from lab.config import Config
+
+
+def by_noise_level(losses: torch.Tensor, sigma: torch.Tensor, importance: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+    """Return the mean loss in each band of noise levels: below the first edge, between each two, above the last.
+
+    Args:
+        losses, sigma, importance: (B,), one for each image.
+        edges: (K,), rising noise levels, on the same device.
+
+    Returns:
+        (K + 1,); nan for a band without images.
+    """
+    in_band = torch.bucketize(sigma, edges)[:, None] == torch.arange(len(edges) + 1, device=sigma.device)
+    weight = in_band * importance[:, None]
+    return torch.where(in_band, weight * losses[:, None], 0).sum(dim=0) / weight.sum(dim=0)
 
 
 class LossLog:

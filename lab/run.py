@@ -16,9 +16,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from edm.loss import NOISE_BANDS
 from lab import checkpoint, pictures
-from lab.checkpoint import checkpoint_path, saved_steps
+from lab.checkpoint import NOISE_BANDS, checkpoint_path, saved_steps
 from lab.cli import UserError, brief
 from lab.config import Config, Network
 from lab.distributed import World

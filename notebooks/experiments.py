@@ -21,7 +21,8 @@ from edm.precond import (
     iDDPMPreconditioning,
 )
 from edm.sampler import State, heun_sampler, sample, stochastic_sampler
-from edm.schedule import LINEAR, Schedule, edm_steps, table_1
+from edm.schedule import LINEAR, Schedule, edm_steps
+from lab.build import table_1
 from lab.cli import UserError
 from lab.config import Config, load, with_overrides
 from lab.data import as_tensors, batches, draw_digits, open_dataset, root_mean_square, to_model_range

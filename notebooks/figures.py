@@ -29,9 +29,10 @@ from edm.exact import GaussianMixture
 from edm.loss import LogNormal
 from edm.precond import Denoiser, EDMPreconditioning, score
 from edm.sampler import sample
-from edm.schedule import edm_steps, table_1
+from edm.schedule import edm_steps
 from edm.unet import NETWORKS
 from lab import live
+from lab.build import table_1
 from lab.pictures import COLORS
 from lab.seeds import generator_for
 

@@ -16,8 +16,9 @@ from edm.loss import WEIGHTINGS, LogNormal, UniformLevels, VENoise, VPNoise, squ
 from edm.precond import EDMPreconditioning, VEPreconditioning, VPPreconditioning, iDDPMPreconditioning
 from edm.precond import PreconditionedDenoiser as Denoiser
 from edm.sampler import sample
-from edm.schedule import edm_steps, table_1
+from edm.schedule import edm_steps
 from edm.unet import ADM, DDPMpp, NCSNpp
+from lab.build import table_1
 
 COLUMNS = {  # network, preconditioning, distribution of the noise levels, and the rows of Table 1 on sampling
     "edm": (DDPMpp, EDMPreconditioning(), LogNormal(), ("edm", "linear", "none"), "heun"),

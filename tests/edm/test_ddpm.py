@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from edm.ddpm import VARIANCES, Chain, ancestral, ddim, make_chain, variational_bound
-from edm.ddpm_loss import HybridLoss, ImportanceSampledTimesteps, VariationalLoss
+from edm.ddpm_loss import ImportanceSampledTimesteps, variational_loss
 from edm.exact import GaussianMixture
 from edm.loss import inverse_variance, squared_error
 from edm.precond import PreconditionedDenoiser, iDDPMPreconditioning
@@ -46,7 +46,7 @@ def test_a_reverse_step_its_bound_and_the_losses_agree_with_the_reference(row, s
     assert_close(mean.flatten()[:4], row["p_mean"], 1e-6)
     assert_close(log_variance.flatten()[:4], row["p_log_variance"], 1e-6)
     batch = (net, y, sigma[:, None, None, None] * epsilon, sigma, inverse_variance(sigma, 0.5))
-    hybrid, vlb = HybridLoss(chain)(*batch) / 16, VariationalLoss(chain)(*batch) / 16  # of 16 pixels
+    hybrid, vlb = (variational_loss(*batch, chain, hybrid) / 16 for hybrid in (True, False))  # of 16 pixels
     assert_close(hybrid, row["hybrid_loss"], 1e-6)
     assert_close(vlb, [1000 * term for term in row["vb_bits"]], 1e-6)
     assert_close(hybrid - 0.001 * vlb, row["mse"], 1e-6)
@@ -211,7 +211,7 @@ def test_the_hybrid_loss_teaches_the_mean_by_l_simple_and_the_variance_by_the_bo
         return torch.autograd.grad(loss.sum(), out)[0]
 
     simple = gradient(weight * squared_error(out[:, :1], y))
-    vlb, hybrid = (gradient(loss(denoiser, y, n, sigma, weight)) for loss in (VariationalLoss(chain), HybridLoss(chain)))
+    vlb, hybrid = (gradient(variational_loss(denoiser, y, n, sigma, weight, chain, hybrid)) for hybrid in (False, True))
     assert torch.equal(hybrid[:, :1], simple[:, :1])
     torch.testing.assert_close(hybrid[:, 1:], 0.001 * vlb[:, 1:], rtol=1e-9, atol=0)
     assert (vlb[1] != 0).all()  # at t = 0, the probability of a value that is far off is constant
@@ -221,7 +221,7 @@ def importance(losses: torch.Tensor, **options) -> ImportanceSampledTimesteps:
     """Return the sampler with a full history of these losses, one a timestep."""
     sampler = ImportanceSampledTimesteps(make_chain("cosine", len(losses)).levels, **options)
     for _ in range(sampler.history.shape[1]):
-        sampler.record(torch.arange(len(losses)), losses)
+        sampler.update(sampler.levels.sigma, losses)
     return sampler
 
 
@@ -231,7 +231,7 @@ def test_importance_weights_agree_with_the_reference(assert_close):
     sampler = ImportanceSampledTimesteps(levels, row["history_per_term"], row["uniform_prob"]).double()
     weights = {after["after"]: after["weights"] for after in row["weights"]}
     for count, (t, loss) in enumerate(zip(row["timesteps"], row["losses"]), start=1):
-        sampler.record(torch.tensor([t]), torch.tensor([loss], dtype=torch.float64))
+        sampler.update(levels.sigma[t][None], torch.tensor([loss], dtype=torch.float64))
         if count in weights:
             assert_close(sampler.weights(), weights.pop(count), 1e-6)
     assert not weights
@@ -257,7 +257,7 @@ def test_the_latest_losses_of_every_timestep_are_remembered_in_order(batch_size)
     sampler = ImportanceSampledTimesteps(make_chain("cosine", 4).levels, history_per_term=3)
     for _ in range(20):
         t, losses = torch.randint(0, 4, (batch_size,), generator=generator), torch.rand(batch_size, generator=generator)
-        sampler.record(t, losses)
+        sampler.update(sampler.levels.sigma[t], losses)
         for place, loss in zip(t.tolist(), losses.tolist()):
             histories[place] = [*histories[place][1:], loss]
         torch.testing.assert_close(sampler.history, torch.tensor(histories), rtol=0, atol=0, equal_nan=True)

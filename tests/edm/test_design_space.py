@@ -8,7 +8,8 @@ import torch
 
 from edm.exact import GaussianMixture
 from edm.sampler import sample
-from edm.schedule import SCALINGS, SCHEDULES, Schedule, edm_steps, table_1
+from edm.schedule import SCALINGS, SCHEDULES, Schedule, edm_steps
+from lab.build import table_1
 
 CHOICES = list(itertools.product(("edm", "vp", "ve"), SCHEDULES, SCALINGS))
 GAUSSIAN = GaussianMixture(

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from edm.exact import GaussianMixture
-from edm.likelihood import bits_per_dimension, dequantize, log_density
+from edm.likelihood import log_density
 from edm.schedule import ve_steps
+from lab.bits import bits_per_dimension, dequantize
 
 
 def levels(number: int, sigma_min: float, sigma_max: float) -> torch.Tensor:

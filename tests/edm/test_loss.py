@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from edm.loss import WEIGHTINGS, LogNormal, UniformLevels, VENoise, VPNoise, by_noise_level, edm_weight, squared_error
+from edm.loss import WEIGHTINGS, LogNormal, UniformLevels, VENoise, VPNoise, edm_weight, squared_error
 from edm.precond import EDMPreconditioning, VEPreconditioning, VPPreconditioning, iDDPMPreconditioning
 from edm.schedule import VP, iddpm_levels
 
@@ -62,12 +62,3 @@ def test_best_denoiser_of_gaussian_data_has_the_loss_that_theory_gives():
     assert losses[1].shape == (1000,)
     assert best == pytest.approx(1, abs=0.01)
     assert best < min(less, more)
-
-
-def test_losses_by_noise_level_are_means_by_importance():
-    """nan where there are no images; a loss that is nan spoils its own band alone."""
-    sigma = torch.tensor([0.01, 0.04, 0.1, 0.5, 0.7, 100.0])
-    losses = torch.tensor([1.0, 2.0, 4.0, 8.0, math.nan, 32.0])
-    importance = torch.tensor([1.0, 3.0, 1.0, 1.0, 1.0, 0.5])
-    found = by_noise_level(losses, sigma, importance, torch.tensor([0.05, 0.2, 0.8, 3.2]))
-    torch.testing.assert_close(found, torch.tensor([1.75, 4.0, math.nan, math.nan, 32.0]), equal_nan=True)

@@ -9,7 +9,8 @@ import torch
 
 from edm.exact import GaussianMixture
 from edm.sampler import clipped, guided, heun_sampler, sample, stochastic_sampler
-from edm.schedule import LINEAR, Schedule, edm_steps, table_1
+from edm.schedule import LINEAR, Schedule, edm_steps
+from lab.build import table_1
 
 OFFICIAL = json.loads(Path(__file__).parents[1].joinpath("reference", "official_edm.json").read_text())
 PLAN = ("num_steps", "discretization", "schedule", "scaling", "sigma_min", "sigma_max", "rho")

@@ -15,10 +15,10 @@ from edm.schedule import (
     edm_steps,
     iddpm_levels,
     iddpm_steps,
-    table_1,
     ve_steps,
     vp_steps,
 )
+from lab.build import table_1
 
 
 @pytest.mark.parametrize("t", [1e-3, 0.03, 0.4, 1.0])
@@ -59,7 +59,7 @@ def test_bisection_finds_times_to_the_last_digits(function, target, t):
 )
 def test_a_noise_level_that_is_never_reached_is_an_error(function):
     """These sigma(t) fall, stay below 5, are nan, or jump over 5."""
-    with pytest.raises(ValueError, match="no time was found at which the noise level is 5"):
+    with pytest.raises(ValueError, match="no time at which the noise level is 5"):
         Schedule(function).t(5.0)
 
 

@@ -10,7 +10,7 @@ from torch.nn.functional import one_hot
 from torchvision.transforms.functional import pil_to_tensor
 
 from edm.ddpm import ancestral, ddim, make_chain
-from edm.ddpm_loss import HybridLoss
+from edm.ddpm_loss import variational_loss
 from edm.sampler import clipped, guided, sample
 from lab import config as configs
 from lab.build import build_sampler, sampling_plan
@@ -57,7 +57,7 @@ def test_a_step_by_importance_by_hand(train, tiny, at_step, last):
     chain = make_chain("cosine", 4)
     sigma = chain.like(y).sigma[t]
     n = sigma.view(-1, 1, 1, 1) * torch.randn(y.shape, generator=generator)
-    losses = HybridLoss(chain)(learner.net, y, n, sigma, 1 / sigma**2, labels=one_hot(classes[index], 2))
+    losses = variational_loss(learner.net, y, n, sigma, 1 / sigma**2, chain, hybrid=True, labels=one_hot(classes[index], 2))
     importance = 1 / (4 * p[t])
     assert importance.std() > 0.1
     gradients = torch.autograd.grad((importance * losses).mean(), list(learner.net.parameters()))

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from edm.loss import NUM_BANDS
 from lab import checkpoint
 from lab import config as configs
 from lab.build import MAX_PARAMETERS, build_network
-from lab.checkpoint import write_atomically
+from lab.checkpoint import NUM_BANDS, write_atomically
 from lab.cli import UserError
 
 CONTENTS = {

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from edm.ddpm import make_chain
-from edm.likelihood import dequantize
 from edm.precond import EDMPreconditioning, PreconditionedDenoiser, iDDPMPreconditioning
 from edm.schedule import iddpm_levels, ve_steps
 from lab import bits, evaluate
 from lab import config as configs
+from lab.bits import dequantize
 from lab.cli import UserError
 from lab.data import to_uint8
 from lab.distributed import World

@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 
 from edm.exact import GaussianMixture
 from edm.sampler import sample
-from edm.schedule import RANGES, table_1
+from edm.schedule import RANGES
 from lab import live as module
 from lab import playground
+from lab.build import table_1
 from lab.cli import UserError
 from lab.live import Live, control, first_value, live, prepared
 from lab.playground import DIGITS, FOUR, ONE, START, make_controls, make_panel, preset, results, solution

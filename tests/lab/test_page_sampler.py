@@ -10,7 +10,8 @@ from torch.nn.functional import one_hot
 
 from edm.exact import FiniteData
 from edm.sampler import SOLVERS, guided, sample
-from edm.schedule import DISCRETIZATIONS, RANGES, SCALINGS, SCHEDULES, iddpm_levels, iddpm_steps, table_1
+from edm.schedule import DISCRETIZATIONS, RANGES, SCALINGS, SCHEDULES, iddpm_levels, iddpm_steps
+from lab.build import table_1
 from lab.data import to_uint8
 from lab.generate import load_denoiser
 

@@ -9,14 +9,16 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from edm.loss import NOISE_BANDS, edm_weight, squared_error
+from edm.loss import edm_weight, squared_error
 from edm.precond import EDMPreconditioning
 from edm.unet import DDPMpp
 from lab import config as configs
+from lab.checkpoint import NOISE_BANDS
 from lab.cli import UserError
 from lab.data import as_tensors, open_dataset, shuffled_batches
 from lab.distributed import World
 from lab.learner import Learner
+from lab.losslog import by_noise_level
 from lab.seeds import generator_for, seed_for
 
 CPU = torch.device("cpu")
@@ -115,6 +117,15 @@ def test_losses_are_recorded_by_noise_level(train, tiny, last):
         counts = torch.bucketize(sigma, torch.tensor(NOISE_BANDS)).bincount(minlength=len(NOISE_BANDS) + 1)
         assert torch.equal(bands.isnan(), counts == 0)
         assert (counts * bands).nansum().item() / 32 == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_losses_by_noise_level_are_means_by_importance():
+    """nan where there are no images; a loss that is nan spoils its own band alone."""
+    sigma = torch.tensor([0.01, 0.04, 0.1, 0.5, 0.7, 100.0])
+    losses = torch.tensor([1.0, 2.0, 4.0, 8.0, math.nan, 32.0])
+    importance = torch.tensor([1.0, 3.0, 1.0, 1.0, 1.0, 0.5])
+    found = by_noise_level(losses, sigma, importance, torch.tensor([0.05, 0.2, 0.8, 3.2]))
+    torch.testing.assert_close(found, torch.tensor([1.75, 4.0, math.nan, math.nan, 32.0]), equal_nan=True)
 
 
 def gradient_step(learner: Learner, value: float, images_seen: int = 1000) -> torch.Tensor:
