@@ -10,7 +10,7 @@ from lab.cli import Parser, UserError, run_script, seed_list, whole_number
 from lab.config import Sampler
 from lab.device import autocast_dtype, explain_device_errors
 from lab.distributed import distributed
-from lab.generate import add_checkpoint_arguments, export, generate, grid_columns, load_denoiser
+from lab.generate import add_checkpoint_arguments, export, generate, grid_columns, load_denoiser, networks
 
 FLAGS = [name for name in Sampler.model_fields if name != "num_samples"]  # each replaces an entry of the config's sampler
 MAX_ANIMATED = 10  # images in the animation
@@ -26,6 +26,8 @@ def main() -> None:
     advice = f"lower --batch_size (now {args.batch_size}), or choose fp16 or bf16 for --mixed_precision"
     with distributed(args.device) as (device, world), explain_device_errors(advice):
         config, denoiser, _ = load_denoiser(args.checkpoint, args.config_path, overrides, device, world)
+        if config.sampler.guide and config.sampler.guidance == 1 and args.guidance is None:
+            raise UserError("--guide needs --guidance, the weight of the network against its guide, such as --guidance 2")
         label_dim, class_index = config.network.label_dim, args.class_index
         if class_index is not None and class_index >= label_dim:
             known = f"its classes are 0 to {label_dim - 1}" if label_dim else "the network is unconditional"
@@ -34,7 +36,8 @@ def main() -> None:
         folder = args.output_dir or Path("output/image") / config.data.dataset / "sample" / config.name
         pictures.check_writable(folder / "grid.png")
         if args.compile:
-            denoiser.model.compile(dynamic=False)
+            for network in networks(denoiser):
+                network.model.compile(dynamic=False)
 
         precision = world.common_precision(autocast_dtype(args.mixed_precision, device))
         kept, done = [], 0
@@ -73,7 +76,8 @@ def parse_arguments() -> argparse.Namespace:
         help="the class of all images (default: all classes in turn)",
     )
     for name in FLAGS:
-        parser.add_argument(f"--{name}", metavar="VALUE", help=f"short for sampler.{name}=VALUE")
+        value = "CHECKPOINT" if name == "guide" else "VALUE"
+        parser.add_argument(f"--{name}", metavar=value, help=f"short for sampler.{name}={value}")
     parser.add_argument("--batch_size", type=whole_number(1), default=64, help="images at a time (default: 64)")
     parser.add_argument("--save_images", action="store_true", help="also write every image as images/<seed>.png")
     parser.add_argument("--gif", action="store_true", help="also write the way from noise to the first images as reverse.gif")

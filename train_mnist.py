@@ -43,6 +43,8 @@ def train(config: Config, args: argparse.Namespace, device: torch.device, world:
     training, batch_size, label_dim = config.training, config.training.batch_size, config.network.label_dim
     if batch_size < world.size:
         raise UserError(f"training.batch_size: {batch_size} images cannot be divided between {world.size} processes")
+    if config.sampler.guide:
+        raise UserError("sampler.guide: training draws its samples without a guide; give one to sample.py as --guide")
     dataset = world.rank_zero_first(lambda: open_dataset(config))
     config = world.broadcast(lambda: with_measured_sigma_data(config, dataset))
     with Run(args.output_dir / "image" / config.data.dataset / config.name, config, world) as run:

@@ -36,6 +36,7 @@ from lab.learner import Learner
 
 COLUMNS = ("ms", "images_per_s", "gflop_per_s", "percent_of_matmul", "percent_of_conv", "peak_mb")  # of the printed table
 FIXED = ["training.accumulation=1", "preconditioning.sigma_data=0.5"]  # "auto" would have to see the training images
+FIXED += ["sampler.guide=null", "sampler.guidance_min=0", "sampler.guidance_max=inf"]  # the network itself, in all steps
 
 
 def forward_flop(config: Config) -> int:

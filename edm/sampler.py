@@ -1,7 +1,7 @@
 """Samplers: from noise to images along the probability-flow ODE, with or without added noise (Algorithms 1, 2 and 3).
 
 `heun_sampler` and `stochastic_sampler` are Algorithms 1 and 2 as the paper prints them. `sample`, a generator, covers the rest
-of the design space: any sigma(t) and s(t), first or second order, churn, and networks that know only some noise levels.
+of the design space: any sigma(t) and s(t), every solver, churn, and networks that know only some noise levels.
 """
 
 import functools
@@ -15,7 +15,7 @@ import torch
 from edm.precond import Denoiser, score
 from edm.schedule import LINEAR, Schedule
 
-SOLVERS = ("heun", "euler")
+SOLVERS = ("heun", "euler", "dpmpp_2m")
 
 
 def heun_sampler(
@@ -134,7 +134,7 @@ def sample(
         sigma_steps: (N + 1,), the noise levels sigma(t_i), falling, the last one 0.
         labels: one-hot (B, K) or None.
         schedule: sigma(t) and s(t).
-        solver: "heun" (second order, 2N - 1 evaluations) or "euler" (first order, N evaluations).
+        solver: "heun" (2nd order, 2N - 1 evaluations), "euler" (1st order, N) or "dpmpp_2m" (2nd order, N, without churn).
         alpha: where in a step the second evaluation lies (Algorithm 3), in (0, 1]: 1 is Heun's method, 1/2 the midpoint
             method, 2/3 Ralston's.
         S_churn, S_min, S_max, S_noise: as in `stochastic_sampler`.
@@ -145,14 +145,17 @@ def sample(
         The state after each of the N steps; the last one's x holds the images.
 
     Raises:
-        ValueError: an unknown solver, churn without noise, a noise level that the schedule does not reach.
+        ValueError: an unknown solver, churn without noise or with dpmpp_2m, a noise level that the schedule does not reach.
     """
-    if solver not in SOLVERS or (S_churn > 0 and noise is None):
-        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, and S_churn above 0 needs noise")
+    if solver not in SOLVERS or (S_churn > 0 and (noise is None or solver == "dpmpp_2m")):
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; S_churn above 0 needs noise, and heun or euler")
+    sigma_steps = [*map(round_sigma, sigma_steps[:-1].tolist()), 0.0]
+    x = latents * sigma_steps[0]
+    if solver == "dpmpp_2m":
+        yield from dpmpp_2m(denoiser, x, sigma_steps, labels)
+        return
 
-    @functools.cache  # a step of Heun's method ends where the next one begins
-    def schedule_at(t: float) -> tuple[float, ...]:
-        return schedule.sigma(t), schedule.s(t), *schedule.derivatives(t)
+    schedule_at = functools.cache(lambda t: (schedule.sigma(t), schedule.s(t), *schedule.derivatives(t)))  # steps share ends
 
     def dx_dt(x: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the slope of the ODE (Eq. 4) and the denoised images."""
@@ -160,17 +163,11 @@ def sample(
         denoised = denoiser(x / s, sigma, labels).to(x.dtype)
         return ds / s * x - s * dsigma * sigma * score(x / s, sigma, denoised), denoised
 
-    sigma_steps = [*map(round_sigma, sigma_steps[:-1].tolist()), 0.0]
-    num_steps = len(sigma_steps) - 1
-    x = latents * sigma_steps[0]
     for sigma, sigma_next in pairwise(sigma_steps):
-        sigma_hat = sigma
-        if S_churn > 0:
-            epsilon = S_noise * noise()
-            if S_min <= sigma <= S_max:  # raise the noise level, as Algorithm 2 does
-                gamma = min(S_churn / num_steps, math.sqrt(2) - 1)
-                sigma_hat = max(sigma, round_sigma(sigma + gamma * sigma))
-                x = x + math.sqrt(sigma_hat**2 - sigma**2) * epsilon
+        gamma = min(S_churn / (len(sigma_steps) - 1), math.sqrt(2) - 1) if S_min <= sigma <= S_max else 0.0
+        sigma_hat = max(sigma, round_sigma(sigma + gamma * sigma)) if gamma > 0 else sigma
+        if S_churn > 0:  # raise the noise level, as Algorithm 2 does
+            x = x + math.sqrt(sigma_hat**2 - sigma**2) * (S_noise * noise())
 
         t, t_next = schedule.t(sigma_hat), schedule.t(sigma_next)
         h = t_next - t
@@ -184,22 +181,50 @@ def sample(
         yield State(x, sigma_next, denoised)
 
 
-def guided(denoiser: Denoiser, guidance: float) -> Denoiser:
-    """Return a denoiser with classifier-free guidance: D(x; sigma) + guidance (D(x; sigma, labels) - D(x; sigma)).
+def dpmpp_2m(denoiser: Denoiser, x: torch.Tensor, sigmas: list[float], labels: torch.Tensor | None) -> Iterator[State]:
+    """Follow the ODE with DPM-Solver++(2M) (Lu et al., 2022, arXiv 2211.01095): second order with one evaluation a step.
 
-    After Ho and Salimans, 2022 (arXiv 2207.12598). With `all_outputs`, the further outputs are the conditional denoiser's.
+    Without the scaling, Eq. 4 is dx/dsigma = (x - D) / sigma for any sigma(t), that is d(x / sigma) = -D / sigma^2 dsigma. With
+    a constant D* for D, x_{i+1} = sigma_{i+1} / sigma_i x_i + (1 - sigma_{i+1} / sigma_i) D* solves it exactly. The step is of
+    second order if D* is D in its middle, extrapolated linearly in lambda = -ln(sigma) from this step and the one before:
+
+        D* = D_i + h_i / (2 h_{i-1}) (D_i - D_{i-1}),  where h_i = lambda_{i+1} - lambda_i = ln(sigma_i / sigma_{i+1})
+
+    D* is D_i in the first step, and in the last one, which ends at D. x has the noise level sigmas[0]; the rest as in `sample`.
+    """
+    h_before = D_before = 0.0
+    for sigma, sigma_next in pairwise(sigmas):
+        D = denoiser(x, sigma, labels).to(x.dtype)
+        h = math.log(sigma / sigma_next) if sigma_next > 0 else 0.0
+        extrapolated = D + h / (2 * h_before) * (D - D_before) if h_before > 0 else D
+        x = sigma_next / sigma * x + (1 - sigma_next / sigma) * extrapolated
+        h_before, D_before = h, D
+        yield State(x, sigma_next, D)
+
+
+def guided(D: Denoiser, guide: Denoiser, weight: float, interval: tuple[float, float] = (0.0, math.inf)) -> Denoiser:
+    """Return a denoiser with guidance: D_guide + weight (D - D_guide) at noise levels in the interval, and D alone outside.
+
+    In classifier-free guidance (Ho and Salimans, 2022, arXiv 2207.12598) the guide is D without labels; in autoguidance (Karras
+    et al., 2024, arXiv 2406.02507), a worse network with the same labels. Further outputs (`all_outputs`) are those of D.
 
     Args:
-        denoiser: a conditional denoiser, trained with label dropout.
-        guidance: 0 ignores the labels, 1 samples the class as trained, more exaggerates it.
+        weight: 0 is the guide, 1 is D, more exaggerates the difference.
+        interval: the lowest and highest noise level with guidance (arXiv 2404.07724). Elsewhere the guide is not evaluated.
     """
-    if guidance == 1:
-        return denoiser
+    if weight == 1:
+        return D
+    low, high = interval
 
     def guided_denoiser(x, sigma, labels=None, **options):
-        unconditional, conditional = denoiser(x, sigma), denoiser(x, sigma, labels, **options)
-        D, others = conditional.tensor_split([x.shape[1]], dim=1)
-        return torch.cat([unconditional + guidance * (D - unconditional), others], dim=1)
+        outputs = D(x, sigma, labels, **options)
+        sigma_of_each = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).view(-1, 1, 1, 1)
+        is_inside = (low <= sigma_of_each) & (sigma_of_each <= high)
+        if not is_inside.any():
+            return outputs
+        D_x, others = outputs.tensor_split([x.shape[1]], dim=1)
+        D_guide = guide(x, sigma, labels)
+        return torch.cat([torch.where(is_inside, D_guide + weight * (D_x - D_guide), D_x), others], dim=1)
 
     return guided_denoiser
 

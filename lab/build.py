@@ -177,9 +177,14 @@ def build_sampler(config: Config) -> Callable[..., Iterator[State]]:
 
 
 def with_guidance_and_clipping(denoiser: Denoiser, config: Config) -> Denoiser:
-    """Return the denoiser with the guidance and the clipping of the config's sampler."""
-    denoiser = guided(denoiser, config.sampler.guidance)
-    return clipped(denoiser) if config.sampler.clip else denoiser
+    """Return the denoiser with the guidance and the clipping of the config's sampler.
+
+    The guide is `denoiser.guide`, which `generate.load_denoiser` reads, or the denoiser itself without labels.
+    """
+    options = config.sampler
+    guide = denoiser.guide if options.guide else lambda x, sigma, labels: denoiser(x, sigma)
+    D = guided(denoiser, guide, options.guidance, (options.guidance_min, options.guidance_max))
+    return clipped(D) if options.clip else D
 
 
 def sampling_plan(config: Config) -> tuple[torch.Tensor, Schedule]:
@@ -260,8 +265,8 @@ def known_chain(config: Config, num_steps: int) -> Chain:
     highest, rounded = chain.sigma[-1] / (1 + tolerance), known.round_sigma(chain.sigma)
     if highest > known.sigma_max or not torch.allclose(rounded, chain.sigma, rtol=tolerance, atol=0):
         raise UserError(
-            f"sampler: the formulation {formulation} does not know the noise levels of the chain; choose the solver heun or "
-            "euler, or a network with the formulation edm, iddpm, ddpm or improved_ddpm"
+            f"sampler: the formulation {formulation} does not know the noise levels of the chain; choose the solver heun, "
+            "euler or dpmpp_2m, or a network with the formulation edm, iddpm, ddpm or improved_ddpm"
         )
     if config.sampler.variance == "learned_range" and formulation != "improved_ddpm":
         raise UserError(f"sampler: the formulation {formulation} has learned no variance; choose fixed_small or fixed_large")

@@ -145,6 +145,9 @@ class Sampler(Section):
     S_max: Annotated[float, Field(ge=0, allow_inf_nan=True), BeforeValidator(as_number)] = math.inf
     S_noise: Annotated[Float, Field(gt=0)] = 1.0
     guidance: Annotated[Float, Field(ge=-1000, le=1000)] = 1.0
+    guidance_min: Annotated[Float, Field(ge=0)] = 0.0
+    guidance_max: Annotated[float, Field(ge=0, allow_inf_nan=True), BeforeValidator(as_number)] = math.inf
+    guide: Annotated[str | None, Field(min_length=1)] = None
     clip: bool = False
 
 
@@ -304,8 +307,9 @@ def parse_override(override: str) -> tuple[str, str, object]:
         )
     if section not in SECTIONS:
         raise UserError(f"command line: unknown section {section!r} in {override!r}; {nearest(section, SECTIONS)}")
-    is_text = key in SECTIONS[section] and SECTIONS[section][key].annotation is str
-    return section, key, text if is_text else parse_yaml(text, f"command line: {path}")  # a folder may be called 5, or no
+    annotation = SECTIONS[section][key].annotation if key in SECTIONS[section] else None
+    is_text = annotation is str or (annotation == str | None and text != "null")  # a folder may be called 5, or no
+    return section, key, text if is_text else parse_yaml(text, f"command line: {path}")
 
 
 def explain(error: dict) -> str:
@@ -371,7 +375,11 @@ def check_combinations(config: Config, source: str) -> None:
         refuse("training.accumulation", f"{training.accumulation} does not divide training.batch_size {training.batch_size}")
     if sampler.S_min > sampler.S_max:
         refuse("sampler.S_min", f"{sampler.S_min} must not be above sampler.S_max {sampler.S_max}")
+    if sampler.S_churn and sampler.solver == "dpmpp_2m":
+        refuse("sampler.S_churn", "the solver dpmpp_2m adds no noise; set S_churn to 0, or choose heun or euler")
+    if sampler.guidance_min > sampler.guidance_max:
+        refuse("sampler.guidance_min", f"{sampler.guidance_min} must not be above sampler.guidance_max {sampler.guidance_max}")
     if not network.label_dim and config.loss.label_dropout:
         refuse("loss.label_dropout", "needs a class-conditional network (network.label_dim above 0)")
-    if not network.label_dim and sampler.guidance != 1:
-        refuse("sampler.guidance", "needs a class-conditional network (network.label_dim above 0)")
+    if not network.label_dim and sampler.guidance != 1 and not sampler.guide:
+        refuse("sampler.guidance", "needs a class-conditional network (network.label_dim above 0), or a sampler.guide")

@@ -19,7 +19,7 @@ from lab.config import Config, with_overrides
 from lab.data import HAVE_TEST_SETS
 from lab.device import autocast_dtype, explain_device_errors
 from lab.distributed import World, distributed
-from lab.generate import add_checkpoint_arguments, class_labels, generate, load_denoiser
+from lab.generate import add_checkpoint_arguments, class_labels, generate, load_denoiser, on_evaluation
 from lab.metrics import MIN_IMAGES, Comparison, LabelledImages, real_images
 from lab.pictures import check_writable, save_sweep
 
@@ -237,7 +237,7 @@ def sweep(
     paper's Figures 2 and 4), and for several S_churn (Figure 5c). Prints each one, and draws them all.
 
     Args:
-        denoiser: its evaluations are counted.
+        denoiser: its evaluations are counted, and those of its guide.
         comparison: None on all ranks but the first.
         picture: the PNG file to write.
 
@@ -251,7 +251,7 @@ def sweep(
     def measure(*overrides: str) -> tuple[float, float | None]:
         varied, rows = with_overrides(config, overrides, "the sweep"), []
         title = f"{varied.sampler.solver}, {varied.sampler.sampling_steps} steps"
-        with denoiser.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0]))):
+        with on_evaluation(denoiser, rows.append):
             images = draw_samples(denoiser, varied, count, device, batch_size, precision, world, title)
         evaluations = sum(world.gather(sum(rows))) / count
         return evaluations, comparison.frechet_distance(images) if comparison else None

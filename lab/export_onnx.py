@@ -13,7 +13,7 @@ from edm.schedule import RANGES
 from lab.checkpoint import write_atomically
 from lab.cli import Parser, UserError, run_script
 from lab.config import Config
-from lab.generate import class_labels, load_denoiser
+from lab.generate import NO_GUIDANCE, class_labels, load_denoiser
 from lab.pictures import check_writable
 
 if TYPE_CHECKING:  # optional packages
@@ -35,7 +35,7 @@ def main() -> None:
     if args.output.suffix != ".onnx":
         raise UserError(f"--output: the name {args.output.name} does not end in .onnx")
     check_writable(args.output)
-    config, denoiser, _ = load_denoiser(args.checkpoint, args.config_path, [], torch.device("cpu"))
+    config, denoiser, _ = load_denoiser(args.checkpoint, args.config_path, NO_GUIDANCE, torch.device("cpu"))
     data, precision, difference = export(denoiser, config)
     write_atomically(args.output, lambda file: file.write(data))
     print(

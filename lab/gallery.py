@@ -229,11 +229,12 @@ def guidance(
     path: Path, denoiser: PreconditionedDenoiser, config: Config, device: torch.device, precision: torch.dtype, seeds: list[int]
 ) -> None:
     """Draw a row of samples for each strength of guidance, from the same noise in each column."""
-    columns = [str(seed % num_classes(config)) for seed in seeds]
+    classes = config.network.label_dim if config.sampler.guide else num_classes(config)
+    columns, what = ([str(seed % classes) for seed in seeds], "class") if classes else (list(map(str, seeds)), "seed")
     bar = tqdm(GUIDANCE, desc="sampling with all strengths of guidance", unit="strength", leave=False)
     configs = (with_overrides(config, [f"sampler.guidance={strength}"], "the gallery") for strength in bar)
     images = torch.stack([samples(denoiser, guided, device, precision, seeds) for guided in configs])
-    pictures.save_table(path, images, [f"guidance {strength:g}" for strength in GUIDANCE], columns, "class")
+    pictures.save_table(path, images, [f"guidance {strength:g}" for strength in GUIDANCE], columns, what)
 
 
 def num_classes(config: Config) -> int:

@@ -2,10 +2,12 @@
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn.functional import one_hot
 from tqdm import tqdm
 
@@ -19,6 +21,8 @@ from lab.data import to_uint8
 from lab.device import autocast, in_parts_that_fit
 from lab.distributed import World
 from lab.seeds import ImageNoise
+
+NO_GUIDANCE = ["sampler.guidance=1", "sampler.guide=null"]  # overrides
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +39,8 @@ def load_denoiser(
     path: Path, config_path: Path | None, overrides: list[str], device: torch.device, world: World | None = None
 ) -> tuple[Config, PreconditionedDenoiser, int]:
     """Read a checkpoint; returns its config, its denoiser with the averaged weights, for evaluation, and its step.
+
+    The denoiser's attribute `guide` is that of `load_guide`.
 
     Args:
         path: the checkpoint.
@@ -57,7 +63,41 @@ def load_denoiser(
     if config.preconditioning.sigma_data == "auto":
         raise UserError(f"preconditioning.sigma_data: {path} does not say what auto was measured to be; give the number")
     denoiser = build_network(config, contents["ema"], path).to(device, memory_format=torch.channels_last)
+    denoiser.guide = load_guide(config, device, world)
     return config, denoiser.eval().requires_grad_(False), contents["step"]
+
+
+def load_guide(config: Config, device: torch.device, world: World | None = None) -> PreconditionedDenoiser | None:
+    """Read the checkpoint that the config's sampler names as the guide; returns its denoiser, or None if it names none.
+
+    Raises:
+        UserError: a bad checkpoint, or one of other images, classes or noise levels than the config's.
+    """
+    if not config.sampler.guide:
+        return None
+    path = Path(config.sampler.guide)
+    own, guide, _ = load_denoiser(path, None, NO_GUIDANCE, device, world)
+    for entry in ("data.resolution", "data.channels", "network.label_dim", "preconditioning.formulation"):
+        section, key = entry.split(".")
+        found, expected = (getattr(getattr(each, section), key) for each in (own, config))
+        if found != expected:
+            raise UserError(f"sampler.guide: {path} has {entry}={found}, and the network that it would guide {expected}")
+    check_chain(config, own, path)
+    return guide
+
+
+def networks(denoiser: nn.Module) -> list[nn.Module]:
+    """Return the networks that sample: the denoiser, and its guide if it has one."""
+    guide = getattr(denoiser, "guide", None)
+    return [denoiser, guide] if guide else [denoiser]
+
+
+def on_evaluation(denoiser: nn.Module, count: Callable[[int], None]) -> ExitStack:
+    """Call `count` with the number of images at every evaluation of the denoiser or its guide, within a `with` statement."""
+    hooks = ExitStack()
+    for network in networks(denoiser):
+        hooks.enter_context(network.register_forward_hook(lambda module, inputs, output: count(len(output))))
+    return hooks
 
 
 def check_chain(config: Config, own: Config, path: Path) -> None:
@@ -169,6 +209,8 @@ def save_grid(
 def export(source: Path, target: Path, config_path: Path | None, overrides: list[str]) -> None:
     """Write a checkpoint for sampling only: the averaged weights (matrices in half precision), step, name and config.
 
+    The config may name a guide, whose weights stay in its own file.
+
     Args:
         source, config_path, overrides: as in `load_denoiser`.
         target: the file to write.
@@ -177,6 +219,7 @@ def export(source: Path, target: Path, config_path: Path | None, overrides: list
         UserError: the source cannot be read, its weights do not fit its config, or the target cannot be written.
     """
     config, denoiser, step = load_denoiser(source, config_path, overrides, torch.device("cpu"))
+    denoiser.guide = None
     ema = checkpoint.halved(denoiser.state_dict())
     checkpoint.save(target, {"step": step, "name": config.name, "config": config.to_dict(), "ema": ema})
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")

@@ -40,7 +40,8 @@ def preset(name: str) -> dict[str, object]:
     return {**rows, "sigma_min": low, "sigma_max": high, **churn}
 
 
-START = {"data": DATA[0], "view": ONE, "N": 8, "seed": 0, "class_index": "all", "guidance": 1.5, **preset("EDM")}
+GUIDANCE = {"guidance": 1.5, "guidance_min": 0.001, "guidance_max": 250.0}
+START = {"data": DATA[0], "view": ONE, "N": 8, "seed": 0, "class_index": "all", **GUIDANCE, **preset("EDM")}
 
 
 # What is computed
@@ -141,8 +142,10 @@ def run(data: str, config: Config, seed: int, class_index: int | None) -> Genera
 class Solution:
     """The same problem in many steps of Heun's method, which can be interrupted and continued: `steps` yields after each."""
 
-    def __init__(self, data: str, sigma_max: float, guidance: float, seed: int, class_index: int | None):
-        options = preset("EDM") | {"sigma_max": sigma_max, "guidance": guidance}
+    def __init__(
+        self, data: str, sigma_max: float, guidance: tuple[tuple[str, float], ...], seed: int, class_index: int | None
+    ):
+        options = preset("EDM") | {"sigma_max": sigma_max, **dict(guidance)}
         config = sampler_config(data, problem(data).fine, **options)
         self.run: Run | None = None  # until the last step
         self.steps = self.solve(data, config, seed, class_index)
@@ -174,22 +177,23 @@ class Result(NamedTuple):
 
 
 def results(
-    data: str, view: str, N: int, seed: int, class_index: int | str, guidance: float, **choices: object
+    data: str, view: str, N: int, seed: int, class_index: int | str, **choices: object
 ) -> Iterator[dict[str, Result] | None]:
     """Compute what the settings ask for; yields None after each part, and results by name.
 
     They are yielded twice if the solution is not known yet: before and after it is computed.
     """
+    guidance = {name: choices.pop(name) for name in GUIDANCE}
     if data != DIGITS:  # there are no classes
-        guidance = 1.0
+        guidance = {}
     class_index = None if class_index == "all" or data != DIGITS else class_index
     chosen = {name: preset(name) for name in FILES} if view == FOUR else {ONE: choices}
     found = {}
     for name, options in chosen.items():
-        config = sampler_config(data, N, guidance=guidance, **options)
+        config = sampler_config(data, N, **options, **guidance)
         sigma_max, schedule = start_and_schedule(config)
         result = yield from run(data, config, seed, class_index)
-        exact = solution(data, sigma_max, guidance, seed, class_index)
+        exact = solution(data, sigma_max, tuple(guidance.items()), seed, class_index)
         found[name] = Result(result, schedule, exact, config.sampler.S_churn > 0)
     for result in found.values():
         if result.solution.run is None:
@@ -306,7 +310,9 @@ def applies(name: str, settings: dict[str, object]) -> bool:
     """Return whether a control changes what is computed with these settings."""
     if name in ("data", "view", "N", "seed"):
         return True
-    if name in ("guidance", "class_index"):
+    if name in ("guidance_min", "guidance_max") and settings["guidance"] == 1:
+        return False
+    if name in (*GUIDANCE, "class_index"):
         return settings["data"] == DIGITS
     if settings["view"] == FOUR:
         return False
@@ -341,6 +347,8 @@ def make_controls() -> dict[str, "widgets.Widget"]:
         "sigma_min": logarithmic(0.001, 1.0),
         "sigma_max": logarithmic(1.0, 250.0),
         "guidance": (0.0, 4.0, 0.1),
+        "guidance_min": logarithmic(0.001, 10.0),
+        "guidance_max": logarithmic(0.1, 250.0),
         "class_index": ["all", *range(10)],
         "S_churn": (0.0, 80.0, 1.0),
         "S_min": logarithmic(0.001, 10.0),
@@ -380,8 +388,8 @@ def make_panel(controls: dict[str, "widgets.Widget"]) -> "widgets.Widget":
         widget.observe(update, "value")
     update()
     columns = (
-        ("solver", "discretization", "schedule", "scaling", "N"),
-        ("rho", "sigma_min", "sigma_max", "guidance", "class_index"),
+        ("solver", "discretization", "schedule", "scaling", "N", "rho"),
+        ("sigma_min", "sigma_max", *GUIDANCE, "class_index"),
         ("S_churn", "S_min", "S_max", "S_noise", "seed"),
     )
     first = [in_line(controls[name], width="60px") for name in ("data", "view")]

@@ -15,7 +15,7 @@ from lab.cli import Parser, UserError, run_script, whole_number
 from lab.config import Config, with_overrides
 from lab.data import to_uint8
 from lab.device import autocast, autocast_dtype, explain_device_errors, pick_device
-from lab.generate import add_checkpoint_arguments, load_denoiser, noise_and_labels
+from lab.generate import add_checkpoint_arguments, load_denoiser, noise_and_labels, on_evaluation
 from lab.metrics import Comparison, real_images
 
 SAMPLERS = {  # the sampling rows of Table 1
@@ -113,7 +113,7 @@ def measure(
     The exact solution has a sampler's own sigma(t), s(t) and noise levels, but Heun's method and `EXACT` evaluations.
 
     Args:
-        denoiser: its evaluations are counted.
+        denoiser: its evaluations are counted, and those of its guide.
         num_samples: of each Frechet distance, `NUM_SOLVED` or more.
 
     Returns:
@@ -126,12 +126,12 @@ def measure(
     total = len(SAMPLERS) * (NUM_SOLVED * EXACT + num_samples * sum(EVALUATIONS)) * (1 if guidance == 1 else 2)
     bar = tqdm(total=total, desc="sampling", unit="evaluation", unit_scale=True, leave=False)
 
-    def count(net: PreconditionedDenoiser, inputs: tuple, output: torch.Tensor) -> None:
-        counts.append(len(output))
-        bar.update(len(output))
+    def count(images: int) -> None:
+        counts.append(images)
+        bar.update(images)
 
     samplers, exact, shown = {}, {}, []
-    with bar, denoiser.register_forward_hook(count):
+    with bar, on_evaluation(denoiser, count):
         for name, choices in SAMPLERS.items():
             solver = with_sampler(config, choices | {"solver": "heun"}, EXACT)
             exact[name] = sample_images(denoiser, solver, seeds[:NUM_SOLVED], device, precision)

@@ -38,7 +38,7 @@ def error(num_steps: int, choices: tuple[str, str, str], **options) -> float:
     return (x - exact_solution(LATENTS * steps[0], steps[0].item(), steps[-2].item())).abs().max().item()
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("dpmpp_2m", 2)])
 @pytest.mark.parametrize("choices", CHOICES, ids="-".join)
 def test_order_of_convergence(choices, solver, order):
     """Doubling the steps divides the error at sigma_min by 2^order."""

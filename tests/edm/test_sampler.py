@@ -1,7 +1,12 @@
-"""The samplers as the paper prints them: equal to the general one, the authors' numbers, churn as an SDE, and guidance."""
+"""The samplers as the paper prints them: equal to the general one, the authors' numbers, churn as an SDE.
+
+Then what came after the paper: DPM-Solver++(2M) and guidance.
+"""
 
 import json
 import math
+from decimal import Decimal, localcontext
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -64,6 +69,71 @@ def test_the_general_sampler_agrees_with_the_authors(case, two_peaks, wave, fres
     x = final(sample(counted, latents, steps, schedule=schedule, noise=fresh_noise(latents), **options))
     assert_close(x.flatten(), case["out"])
     assert len(evaluations) == case["nfe"]
+
+
+# DPM-Solver++(2M)
+
+
+def test_dpmpp_2m_agrees_with_the_paper_that_it_comes_from_in_fifty_digits(final):
+    """Algorithm 2 of Lu et al. with their alpha = 1 and lambda = ln(alpha / sigma), for data N(0, 1)."""
+    with localcontext() as context:
+        context.prec = 50
+        levels = [Decimal(level) for level in ("80", "20", "6.5", "1.25", "0.5")]
+        lambdas, before, x = [-level.ln() for level in levels], [], Decimal("0.75") * levels[0]
+        for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
+            before.append(x / (1 + sigma**2))  # the exact denoiser
+            h, D = lambdas[i + 1] - lambdas[i], before[-1]
+            if i > 0:
+                r = (lambdas[i] - lambdas[i - 1]) / h
+                D = (1 + 1 / (2 * r)) * before[-1] - 1 / (2 * r) * before[-2]
+            x = sigma_next / sigma * x - ((-h).exp() - 1) * D
+        expected = float(x / (1 + levels[-1] ** 2))  # the last step, to noise level 0
+    steps = torch.tensor([*map(float, levels), 0.0], dtype=torch.float64)
+    latents = torch.full((1, 1, 1, 1), 0.75, dtype=torch.float64)
+    found = final(sample(lambda x, sigma, labels: x / (1 + sigma**2), latents, steps, solver="dpmpp_2m"))
+    assert found.item() == pytest.approx(expected, rel=1e-14)
+
+
+def test_dpmpp_2m_is_of_second_order_on_a_mixture_with_one_evaluation_a_step(conditional):
+    denoiser, latents, labels = conditional
+    asked = []
+
+    def counted(x, sigma, labels):
+        asked.append(sigma)
+        return denoiser(x, sigma, labels)
+
+    def at_sigma_min(num_steps: int, **options) -> torch.Tensor:
+        asked.clear()
+        *_, state, last = sample(counted, latents, edm_steps(num_steps), labels, **options)
+        assert options == {} or (len(asked) == num_steps and torch.equal(last.x, last.denoised))
+        return state.x
+
+    exact = at_sigma_min(4000)
+    coarse, fine = ((at_sigma_min(N, solver="dpmpp_2m") - exact).abs().max() for N in (128, 256))
+    assert math.log2(coarse / fine) == pytest.approx(2, abs=0.15)
+    first, euler = (next(sample(denoiser, latents, edm_steps(9), labels, solver=name)) for name in ("dpmpp_2m", "euler"))
+    torch.testing.assert_close(first.x, euler.x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_sigma_and_s_of_t_cancel_out_in_dpmpp_2m(name, conditional, final):
+    denoiser, latents, labels = conditional
+    plain, found = (
+        final(sample(denoiser, latents, edm_steps(9), labels, schedule, solver="dpmpp_2m"))
+        for schedule in (LINEAR, SCHEDULES[name])
+    )
+    assert torch.equal(plain, found)
+
+
+def test_dpmpp_2m_takes_rounded_steps_even_of_no_length(two_peaks):
+    """A step that stays at its noise level changes nothing, and the next one extrapolates from nothing."""
+    latents, states = torch.ones(1, 1, 1, 1, dtype=torch.float64), []
+    for levels in ([20, 10, 10, 1, 0], [19.6, 10.4, 9.8, 1.2, 0]):
+        steps = torch.tensor(levels, dtype=torch.float64)
+        rounded = sample(two_peaks, latents, steps, solver="dpmpp_2m", round_sigma=lambda sigma: float(round(sigma)))
+        states.append([(state.sigma, state.x.item()) for state in rounded])
+    assert states[0] == states[1]
+    assert states[0][0][1] == states[0][1][1] and all(math.isfinite(x) for _, x in states[0])
 
 
 # Churn
@@ -145,27 +215,58 @@ def test_samples_have_the_distribution_of_the_data(name, S_churn, correlated, no
 
 
 def test_bad_calls_are_errors(two_peaks):
-    for options in ({"solver": "Heun"}, {"S_churn": 1.0}):
-        with pytest.raises(ValueError, match="solver must be one of heun, euler, and S_churn above 0 needs noise"):
+    message = "solver must be one of heun, euler, dpmpp_2m; S_churn above 0 needs noise, and heun or euler"
+    for options in ({"solver": "Heun"}, {"S_churn": 1.0}, {"S_churn": 1.0, "solver": "dpmpp_2m", "noise": lambda: 0}):
+        with pytest.raises(ValueError, match=message):
             next(sample(two_peaks, torch.zeros(1, 1, 2, 2), edm_steps(3), **options))
 
 
 # Guidance and clipping
 
 
-def test_guidance_extrapolates_from_unconditional_to_conditional_and_clipping_comes_last():
-    """Both leave the network's further outputs alone; those of a guided pair are the conditional denoiser's."""
+def test_guidance_extrapolates_from_the_guide_and_clipping_comes_last():
+    """Both leave the network's further outputs alone; those of a guided pair are D's."""
 
     def denoiser(x, sigma, labels=None, all_outputs=False):
         D = x + (0 if labels is None else 3)
         return torch.cat([D, torch.full_like(x, 0 if labels is None else 7)], dim=1) if all_outputs else D
 
+    def without_labels(x, sigma, labels):
+        return denoiser(x, sigma)
+
     x, labels = torch.full((2, 3, 4, 4), 0.25), torch.ones(2, 1)
-    assert guided(denoiser, 1) is denoiser
-    for guidance in (0.0, 0.5, 3.0):
-        assert torch.equal(guided(denoiser, guidance)(x, 1.0, labels), x + 3 * guidance)
-    for guidance, image in ((-0.75, -1), (0.2, 0.85), (2, 1)):
-        outputs = clipped(guided(denoiser, guidance))(x, 1.0, labels, all_outputs=True)
+    for weight in (0.0, 0.5, 3.0):
+        assert torch.equal(guided(denoiser, without_labels, weight)(x, 1.0, labels), x + 3 * weight)
+    for weight, image in ((-0.75, -1), (0.2, 0.85), (2, 1)):
+        outputs = clipped(guided(denoiser, without_labels, weight))(x, 1.0, labels, all_outputs=True)
         assert outputs.shape == (2, 6, 4, 4)
         torch.testing.assert_close(outputs[:, :3], torch.full_like(x, image))
         assert torch.equal(outputs[:, 3:], torch.full_like(x, 7))
+
+
+def test_a_worse_network_guides_within_an_interval_and_is_not_evaluated_elsewhere(correlated, wave):
+    """The interval holds its ends; noise levels may be one number, or one for each image."""
+    x, asked = wave(3, 1, 2, 4, scale=1.4, frequency=2.3, phase=0.4), []
+
+    def worse(x, sigma, labels):
+        asked.append((sigma, labels))
+        return 0.9 * mixture(x, 1.1 * sigma) + labels
+
+    def D(x, sigma, labels):
+        return mixture(x, sigma)
+
+    mixture, labels, low, high = correlated(3, 8), torch.ones(3, 1, 1, 1), 0.3, 2.0
+    assert guided(D, worse, 1.0, (low, high)) is D
+    assert torch.equal(guided(D, worse, 0.0, (low, high))(x, 1.0, labels), worse(x, 1.0, labels))
+    pair = guided(D, worse, 2.5, (low, high))
+    for sigma in (low, 1.0, high):
+        expected = worse(x, sigma, labels) + 2.5 * (D(x, sigma, labels) - worse(x, sigma, labels))
+        torch.testing.assert_close(pair(x, sigma, labels), expected, rtol=1e-14, atol=0)
+    asked.clear()
+    for sigma in (0.299, 2.001, 80.0):
+        assert torch.equal(pair(x, sigma, labels), D(x, sigma, labels))
+    assert asked == []
+    for sigmas in ([0.1, 1.0, 3.0], [0.3, 0.5, 2.0], [3.0, 4.0, 5.0]):
+        together = pair(x, torch.tensor(sigmas, dtype=torch.float64), labels)
+        alone = [pair(image[None], sigma, label[None]) for image, sigma, label in zip(x, sigmas, labels)]
+        torch.testing.assert_close(together, torch.cat(alone), rtol=1e-12, atol=1e-12)

@@ -105,7 +105,7 @@ def test_the_sampler_is_made_of_the_configs_choices(solver, clip):
     config = configs.from_dict({}, "x", "x", entries)
     latents = torch.randn(3, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     labels, chain = torch.eye(3, dtype=torch.float64)[:, :2], make_chain("cosine", 30).strided(5)
-    denoiser = guided(Network(), 1.5)
+    denoiser = guided(Network(), lambda x, sigma, labels: Network()(x, sigma), 1.5)
     denoiser = clipped(denoiser) if clip == "true" else denoiser
     if solver == "heun":
         expected = sample(denoiser, latents, sampling_plan(config)[0], labels, round_sigma=Network().round_sigma)

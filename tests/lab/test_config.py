@@ -116,6 +116,7 @@ AS_WRITTEN = {
     "training.max_grad_norm": {"null": None},
     "preconditioning.sigma_data": {"auto": "auto"},
     "training.mixed_precision": {"no": "no"},  # which YAML takes for false
+    "sampler.guide": {"null": None, "a.pt": "a.pt"},
 }
 
 
@@ -127,6 +128,7 @@ def test_entries_are_read_as_people_write_them(tmp_path):
             assert config.to_dict()[section][key] == value
     for text in ("1e3", "a=b: c", "no"):  # folders
         assert from_overrides(f"data.root={text}").data.root == text
+        assert from_overrides(f"sampler.guide={text}").sampler.guide == text
 
 
 def test_a_checkpoint_carries_its_config():
@@ -149,7 +151,8 @@ def test_every_entry_is_checked_and_a_misspelt_one_names_it(section, key):
     with pytest.raises(UserError, match=rf"^x: {section}\.{key}x: unknown key; did you mean '{section}\.{key}'"):
         configs.from_dict({section: {f"{key}x": 1}}, "x", "x")
     for wrong in ({"a": 1}, [[1]], -1.5e99, math.nan, "\0", "9" * 400):
-        if key not in ("root", "S_max") or not isinstance(wrong, str):  # a folder may have any name; S_max may be infinite
+        # Files may have any name, and upper ends may be infinite.
+        if key not in ("root", "guide", "S_max", "guidance_max") or not isinstance(wrong, str):
             with pytest.raises(UserError, match=rf"^x: {section}\.{key}: (must|unknown choice)") as error:
                 configs.from_dict({section: {key: wrong}}, "x", "x")
             assert len(str(error.value)) < 200
@@ -169,7 +172,10 @@ IMPOSSIBLE = {
     # choices that do not fit together
     "training.accumulation=3": "3 does not divide training.batch_size 64",
     "sampler.S_min=2 sampler.S_max=1": "sampler.S_min: 2.0 must not be above sampler.S_max 1.0",
-    "sampler.guidance=2": "sampler.guidance: needs a class-conditional network",
+    "sampler.guidance=2": "sampler.guidance: needs a class-conditional network (network.label_dim above 0), or a sampler.guide",
+    "sampler.guidance_min=2 sampler.guidance_max=1": "sampler.guidance_min: 2.0 must not be above sampler.guidance_max 1.0",
+    "sampler.guide=": "sampler.guide: must have at least 1 character",
+    "sampler.solver=dpmpp_2m sampler.S_churn=1": "sampler.S_churn: the solver dpmpp_2m adds no noise",
     "loss.label_dropout=0.1": "loss.label_dropout: needs a class-conditional network",
     "network.channel_mult=[1,1,1,1,1,1,1]": "halve the image 6 times",
     "network.attn_resolutions=[15]": "15 is not a resolution of this network; allowed: 32, 16, 8",

@@ -247,14 +247,15 @@ def test_the_odes_noise_levels_are_the_samplers():
 
 
 def test_a_sweep_is_drawn_and_counts_the_networks_evaluations(path, run, tmp_path, monkeypatch):
-    """Twice as many with guidance; what a sampler cannot do is left out."""
+    """Twice as many with guidance, by the network itself or another; what a sampler cannot do is left out."""
     heun, churned = evaluate.HEUN, [*evaluate.HEUN, "sampler.S_churn=4"]
     samplers = {"ancestral": ([2, 31], ["sampler.solver=ancestral"]), "heun": ([3, 18], heun), "churn": ([18], churned)}
     monkeypatch.setattr(evaluate, "SAMPLERS", samplers)
     monkeypatch.setattr(evaluate, "CHURN", [0, 4])
     monkeypatch.setattr("runpy.run_path", lambda *args, **options: evaluate.main())  # it would read the samplers anew
-    for guidance in (1, 2):
-        out, figures = run(path, "--num_samples", 4, "--sweep", "--batch_size", 3, f"sampler.guidance={guidance}")
+    for guidance, guide in ((1, "null"), (2, "null"), (2, path)):
+        options = (f"sampler.guidance={guidance}", f"sampler.guide={guide}")
+        out, figures = run(path, "--num_samples", 4, "--sweep", "--batch_size", 3, *options)
         assert "ancestral at 31 steps is left out: sampler: the chain has 30 timesteps" in out
         found = figures["sweep"]["samplers"]
         counts = {name: [evaluations for evaluations, _ in curve] for name, curve in found.items()}

@@ -181,6 +181,13 @@ def test_a_column_for_each_class_and_a_row_for_each_strength_of_guidance(draw, s
     assert not torch.equal(images[0], images[-1])
 
 
+def test_a_guide_of_a_network_without_classes_in_all_strengths(train, tiny, script):
+    path = train(tiny, "network.label_dim=0", "loss.label_dropout=0", "training.num_training_steps=3") / "diffusion-3.pt"
+    code, out, err = script("lab/gallery.py", "guidance", "--checkpoint", path, "--seeds", "4-6", f"sampler.guide={path}")
+    assert code == 0, err
+    assert "the picture is" in out
+
+
 @pytest.mark.parametrize("picture", gallery.PICTURES)
 def test_every_picture_is_drawn_in_the_precision_asked_for(draw, picture, image_folder, monkeypatch):
     forward, seen = PreconditionedDenoiser.forward, set()

@@ -182,7 +182,7 @@ def test_errors_fall_with_the_order_of_the_solver():
         errors = [result(N=N, solver=solver).error for N in (few, 2 * few)]
         return math.log2(errors[0] / errors[1])
 
-    assert order("heun", 64) > 1.7 and 0.8 < order("euler", 128) < 1.2
+    assert order("heun", 64) > 1.7 and 0.8 < order("euler", 128) < 1.2 and order("dpmpp_2m", 128) > 1.7
 
 
 def test_presets_are_the_columns_of_table_1():
@@ -212,9 +212,12 @@ def test_controls_that_change_nothing_are_switched_off():
         return {name for name, widget in controls.items() if widget.disabled}
 
     churn = {"S_min", "S_max", "S_noise"}
-    assert off() == {"guidance", "class_index", *churn}
+    assert off() == {*playground.GUIDANCE, "class_index", *churn}
     controls["data"].value, controls["S_churn"].value = DIGITS, 10
     assert off() == set()
+    controls["guidance"].value = 1.0
+    assert off() == {"guidance_min", "guidance_max"}
+    controls["guidance"].value = 2.0
     controls["discretization"].value = "vp"
     assert off() == {"rho"}
     controls["solver"].value = "ddim"
@@ -229,6 +232,8 @@ def test_ddim_and_churn_and_impossible_settings():
     assert "random" in churned[0].caption() and not torch.equal(churned[0].run.x[-1], churned[1].run.x[-1])
     with pytest.raises(UserError, match="lower sigma_min"):
         finish(results(**START | preset("VP") | {"sigma_min": 1.0}))
+    with pytest.raises(UserError, match="the solver dpmpp_2m adds no noise; set S_churn to 0"):
+        result(solver="dpmpp_2m", S_churn=40.0)
     with pytest.raises(UserError, match="S_min"):
         playground.sampler_config("two peaks", 8, S_min=2.0, S_max=1.0)
 
@@ -239,13 +244,14 @@ def test_a_solution_is_continued_where_it_was_interrupted():
     for _ in range(500):
         next(computation)
     computation.close()
-    exact = solution("two peaks", 80.0, 1.0, 7, None)
+    exact = solution("two peaks", 80.0, (), 7, None)
     assert exact.run is None and sum(1 for _ in exact.steps) < 1000 - 450
     assert exact.run.evaluations == 1999 and finish(results(**settings))[ONE].solution is exact
 
 
 def test_digits_are_drawn_by_the_shipped_network(monkeypatch):
-    """Guidance doubles the evaluations; the class holds for all ten; there is a figure before and after the solution."""
+    """Guidance doubles the evaluations in its interval; the class holds for all ten; there is a figure before and after the
+    solution, which has the same guidance."""
     solution.cache_clear()
     problem = playground.problem(DIGITS)
     monkeypatch.setattr(playground, "problem", lambda data: problem._replace(fine=3, count=2))
@@ -253,6 +259,8 @@ def test_digits_are_drawn_by_the_shipped_network(monkeypatch):
     found = finish(results(**settings))[ONE]
     assert found.run.evaluations == 6 and found.run.x.shape == (3, 2, 1, 32, 32)
     assert finish(results(**settings | {"guidance": 1.0}))[ONE].run.evaluations == 3
+    low = finish(results(**settings | {"guidance_max": 10.0}))[ONE]
+    assert low.run.evaluations == 5 and not torch.equal(low.solution.run.x, found.solution.run.x)
     other = finish(results(**settings | {"class_index": "all"}))[ONE]
     assert not torch.equal(other.run.x[-1], found.run.x[-1]) and found.error > 0
     solution.cache_clear()

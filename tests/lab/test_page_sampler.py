@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from edm.exact import FiniteData
-from edm.sampler import SOLVERS, guided, sample
+from edm.sampler import guided, sample
 from edm.schedule import DISCRETIZATIONS, RANGES, SCALINGS, SCHEDULES, iddpm_levels, iddpm_steps
 from lab.build import table_1
 from lab.data import to_uint8
@@ -133,6 +133,11 @@ def choices(solver: str, discretization: str, schedule: str, scaling: str, N: in
     return {**names, "N": N, "rho": rho, "sigma_min": sigma_min, "sigma_max": sigma_max, **churn}
 
 
+def without_labels(denoiser):
+    """Return the guide of classifier-free guidance."""
+    return lambda x, sigma, labels: denoiser(x, sigma)
+
+
 def sample_in_python(denoiser, latents: torch.Tensor, settings: dict, noise: torch.Tensor, labels=None) -> list:
     """Return the states of Python's sampler with settings of the page; noise holds that of every step."""
     names = ("discretization", "schedule", "scaling", "sigma_min", "sigma_max", "rho")
@@ -148,8 +153,9 @@ def sample_in_python(denoiser, latents: torch.Tensor, settings: dict, noise: tor
 @pytest.mark.parametrize("churn", [{}, CHURN], ids=["ODE", "churn"])
 def test_samplers_agree_in_closed_form(page, normal_noise, churn):
     """All choices of Table 1 together: the states and the number of evaluations."""
+    solvers = page.evaluate("async () => (await import('/sampler.js')).SOLVERS")
     latents, noise = normal_noise(8, 1, 1, 1)(), normal_noise(6, 8, 1, 1, 1, seed=1)()
-    for names in itertools.product(SOLVERS, DISCRETIZATIONS, SCHEDULES, SCALINGS):
+    for names in itertools.product(solvers, DISCRETIZATIONS, SCHEDULES, SCALINGS):
         settings, counts = choices(*names, 6, 5.0, churn), []
         exact = FiniteData(torch.tensor(POINTS, dtype=torch.float64).view(2, 1, 1, 1))
 
@@ -185,7 +191,7 @@ def test_networks_agree(engine, network, row):
     assert noise.mean().abs() < 0.05 and 0.95 < noise.std() < 1.05
     network.evaluations = 0
     one_hot_labels = one_hot(torch.tensor(labels), 10)
-    states = sample_in_python(guided(network, guidance), noise[0], settings, noise[1:], one_hot_labels)
+    states = sample_in_python(guided(network, without_labels(network), guidance), noise[0], settings, noise[1:], one_hot_labels)
     assert found["evaluations"] == network.evaluations
     assert found["states"] == pytest.approx([state.sigma for state in states], rel=1e-12)
     images = torch.tensor(found["x"], dtype=torch.float64).view(2, 1, 32, 32)
@@ -213,7 +219,8 @@ def test_from_a_noisy_image(engine, network, normal_noise):
     levels, schedule = table_1(8)
     levels = torch.cat([torch.tensor([sigma], dtype=torch.float64), levels[levels < sigma]])
     with torch.no_grad():
-        *_, state = sample(guided(network, 1.5), x / sigma, levels, one_hot(torch.tensor([4]), 10), schedule)
+        D = guided(network, without_labels(network), 1.5)
+        *_, state = sample(D, x / sigma, levels, one_hot(torch.tensor([4]), 10), schedule)
     request = {"settings": settings, "guidance": 1.5, "labels": [4], "seed": 0}
     request["start"] = {"x": data["x"], "sigma": sigma}
     found = engine.evaluate("async (request) => [...(await engine.sample(request)).x]", request)

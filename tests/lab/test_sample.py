@@ -97,7 +97,7 @@ def test_every_sampler_parameter_can_be_set_and_matters(grid, trained):
     cases |= {
         "--solver heun": "alpha 0.5",
         "--schedule vp": "scaling vp",
-        "--guidance 1000": "clip true",
+        "--guidance 1000": "clip true, guidance_min 1, guidance_max 1, solver dpmpp_2m",
         "--class 0": "class 1",
         churn: "S_noise 1.5, S_min 1, S_max 1",
     }
@@ -112,6 +112,31 @@ def test_every_sampler_parameter_can_be_set_and_matters(grid, trained):
     assert torch.equal(drawn(f"{churn} --batch_size 1"), plain[churn])
     assert plain[""].shape[2] == 2 * 10 + 2  # a column for each class; a square grid would have three
     assert torch.equal(drawn("--guidance 0 --class 1"), drawn("--guidance 0 --class 0"))
+
+
+def test_a_worse_checkpoint_guides(grid, trained):
+    """With weight 0 the images are the guide's own, whose sampler is not used."""
+    guide = trained.with_name("diffusion-3.pt")
+    arguments = ("--seeds", "0-4", "--class", 1)
+    plain, other = grid(trained, *arguments), grid(guide, *arguments)
+    assert torch.equal(grid(trained, *arguments, "--guide", guide, "--guidance", 0), other)
+    assert torch.equal(grid(trained, *arguments, "--guide", guide, "--guidance", 1), plain)
+    assert torch.equal(grid(trained, *arguments, "--guide", guide, "--guidance", 9, "--guidance_min", 100), plain)
+    strong = grid(trained, *arguments, "--guide", guide, "--guidance", 9)
+    assert not near(strong, plain) and not near(strong, grid(trained, *arguments, "--guidance", 9))
+
+
+def test_a_network_without_classes_is_guided_and_an_export_names_its_guide(script, grid, train, tiny, tmp_path):
+    path = train(tiny, "network.label_dim=0", "loss.label_dropout=0") / "diffusion-6.pt"
+    guide = path.with_name("diffusion-3.pt").relative_to(tmp_path)
+    guided = grid(path, "--guide", guide, "--guidance", 9)
+    assert not near(guided, grid(path))
+    assert script("sample.py", "--checkpoint", path, "--guide", guide, "--guidance", 9, "--export", "small.pt")[0] == 0
+    assert not [name for name in checkpoint.load(tmp_path / "small.pt")["ema"] if "guide" in name]
+    assert near(grid("small.pt"), guided, levels=4)
+    assert not near(grid("small.pt", "--guide", "null", "--guidance", 1), guided, levels=4)
+    (tmp_path / guide).unlink()  # the guide of a guide is not read
+    assert near(grid(path, "--guide", "small.pt", "--guidance", 0), grid(path), levels=2)
 
 
 def test_exported_weights_give_the_same_images(script, grid, trained, tmp_path):
@@ -168,16 +193,46 @@ BAD_CALLS = {
     "TRAINED --output_dir tiny.yaml": "cannot write",
     "TRAINED --config_path none.yaml": "cannot read the config none.yaml: No such file",
     "TRAINED --config_path other.yaml": "of another network than the config's",
+    "TRAINED --solver dpmpp_2m --S_churn 1": "sampler.S_churn: the solver dpmpp_2m adds no noise; set S_churn to 0",
+    "TRAINED --guide none.pt --guidance 2": "there is no checkpoint none.pt",
+    "TRAINED --guide tiny.yaml --guidance 2": "tiny.yaml is damaged, or not a checkpoint",
+    "TRAINED --guide GUIDE": "--guide needs --guidance",
+}
+OTHER_GUIDES = {
+    "data.resolution=16": "has data.resolution=16, and the network that it would guide 8",
+    "data.channels=1": "has data.channels=1, and the network that it would guide 3",
+    "network.label_dim=3": "has network.label_dim=3, and the network that it would guide 2",
+    "preconditioning.formulation=ve": "has preconditioning.formulation=ve, and the network that it would guide edm",
 }
 
 
 def test_a_bad_call_ends_in_one_line_and_exit_code_2(script, tmp_path, tiny, trained):
     (tmp_path / "other.yaml").write_text("base: tiny.yaml\nnetwork: {model_channels: 16}\n")
     for call, message in BAD_CALLS.items():
-        code, out, err = script("sample.py", *call.replace("TRAINED", f"--checkpoint {trained}").split())
+        call = call.replace("TRAINED", f"--checkpoint {trained}").replace("GUIDE", str(trained.with_name("diffusion-3.pt")))
+        code, out, err = script("sample.py", *call.split())
         assert (code, out, err.count("\n")) == (2, "", 1), call
         assert message in err
     assert not list(tmp_path.glob("output/**/*.png"))
+
+
+def test_a_guide_of_other_images_classes_or_noise_levels_is_one_line(script, train, tiny, trained):
+    for place, (override, message) in enumerate(OTHER_GUIDES.items()):
+        guide = train(tiny, override, "network.attn_resolutions=[]", "--num_training_steps", 1, output=str(place))
+        guide /= "diffusion-1.pt"
+        code, _, err = script("sample.py", "--checkpoint", trained, "--guide", guide, "--guidance", 2)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"sampler.guide: {guide} {message}" in err
+
+
+def test_guides_of_another_chain_are_refused(script, train, tiny):
+    chain = ["preconditioning.formulation=ddpm", "loss.noise_distribution=ddpm", "--num_training_steps", 1]
+    path, guide = (
+        train(tiny, *chain, f"chain.num_timesteps={count}", output=str(count)) / "diffusion-1.pt" for count in (100, 200)
+    )
+    code, _, err = script("sample.py", "--checkpoint", path, "--guide", guide, "--guidance", 2)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "was trained with preconditioning.formulation=ddpm chain.betas=linear chain.num_timesteps=200" in err
 
 
 def test_seeds_and_classes():

@@ -39,6 +39,7 @@ BAD_CALLS = {
     "--data_root nowhere": "'nowhere' is not a folder",
     "network.label_dim=1": "has 2 classes, more than the network's 1",
     "loss.noise_distribution=ddpm chain.num_timesteps=20": "chain.num_timesteps: 20",
+    "sampler.guide=a.pt": "sampler.guide: training draws its samples without a guide",
     "sampler.solver=ddim preconditioning.formulation=vp": "sampler: the formulation vp does not know the noise",
     "--resume_from latest": "no whole checkpoint",
     "--resume_from none.pt": "there is no checkpoint none.pt",
