@@ -10,7 +10,8 @@ export const N = {
 };
 export const SOLVER = {
   name: "solver", title: "solver", options: SOLVERS, start: "heun", place: "Algorithm 1, Section 3",
-  does: "Euler's method follows the slope at the start of a step; Heun's averages it with the slope at the end.",
+  does: "Euler's method follows the slope at the start of a step, Heun's averages it with the slope at the end; "
+    + "dpmpp_2m (Lu et al., 2022) uses the step before instead.",
 };
 export const RHO = {
   name: "rho", title: "spacing", tex: "\\rho", text: "ρ", min: 1, max: 15, step: 0.5, start: 7, place: "Eq. 5",
@@ -18,7 +19,8 @@ export const RHO = {
   applies: (settings) => (settings.discretization ?? "edm") === "edm",
 };
 
-const isChurning = (settings) => settings.S_churn > 0;
+const followsSlopes = (settings) => settings.solver !== "dpmpp_2m"; // which has neither sigma(t), s(t) nor churn
+const isChurning = (settings) => settings.S_churn > 0 && followsSlopes(settings);
 
 export const SAMPLER = [
   N,
@@ -35,17 +37,20 @@ export const SAMPLER = [
     options: SCHEDULES, start: "linear",
     place: "Table 1, Section 3",
     does: "The noise level at time t, which decides how curved the solutions are; linear is σ(t) = t.",
+    applies: followsSlopes,
   },
   {
     name: "scaling", title: "scaling", tex: "s(t)", text: "s(t)",
     options: SCALINGS, start: "none", place: "Eq. 4, Table 1",
     does: "vp shrinks noisy images so that their variance stays near 1; none leaves them as they are.",
+    applies: followsSlopes,
   },
   {
     name: "S_churn", title: "churn", tex: "S_{churn}", text: "S<sub>churn</sub>",
     min: 0, max: 80, step: 1, start: 0,
     place: "Algorithm 2",
     does: "How much new noise is added while sampling, so that later steps correct the errors of earlier ones.",
+    applies: followsSlopes,
   },
   {
     name: "guidance", title: "guidance", tex: "w", text: "w",

@@ -5,7 +5,7 @@
  * Float64Arrays. D may return an array or a promise of one. `lab/export_onnx.py` makes such a D of a trained network.
  */
 
-export const SOLVERS = ["heun", "euler"];
+export const SOLVERS = ["heun", "euler", "dpmpp_2m"];
 export const DISCRETIZATIONS = ["edm", "vp", "ve", "iddpm"];
 export const SCHEDULES = ["linear", "ve", "vp"];
 export const SCALINGS = ["none", "vp"];
@@ -67,9 +67,7 @@ export function makeSchedule({ schedule, scaling, sigma_min, sigma_max }) {
   const ds = (t) => (scaling === "vp" ? -sigma(t) * dsigma(t) * s(t) ** 3 : 0);
   const t = (level) => {
     const time = level === 0 ? 0 : inverse(level);
-    if (!Number.isFinite(time)) {
-      throw new Error(`The schedule ${schedule} has no time at which the noise level is ${level}.`);
-    }
+    if (!Number.isFinite(time)) throw new Error(`The schedule ${schedule} has no time of noise level ${level}.`);
     return time;
   };
   return { sigma, s, derivatives: (time) => [dsigma(time), ds(time)], t };
@@ -97,8 +95,7 @@ export function noiseLevels({ discretization, N, rho, sigma_min, sigma_max }) {
     iddpm: () => {
       const u = iddpmLevels().filter((level) => sigma_min <= level && level <= sigma_max);
       if (N > u.length) {
-        const range = `from the lowest noise (${sigma_min}) to the highest noise (${sigma_max})`;
-        throw new Error(`iDDPM has ${u.length} noise levels ${range}, too few for ${N} steps.`);
+        throw new Error(`iDDPM has ${u.length} levels between lowest and highest noise, too few for ${N} steps.`);
       }
       return fractions.map((_, i) => u[roundHalfToEven((i * (u.length - 1)) / Math.max(N - 1, 1))]);
     },
@@ -135,7 +132,7 @@ function check(name, value, allowed) {
  * @param D the denoiser D(x, sigma)
  * @param latents Float64Array, noise of unit variance
  * @param settings solver, discretization, schedule, scaling, N, rho, sigma_min, sigma_max, and for churn (Algorithm 2)
- *   S_churn, S_min, S_max, S_noise. `sigma_steps`, falling to 0, takes the place of `noiseLevels(settings)`.
+ *   S_churn, S_min, S_max, S_noise (not dpmpp_2m). `sigma_steps`, falling to 0, replaces `noiseLevels(settings)`.
  * @param noise called once a step if S_churn > 0; returns as much new noise of unit variance
  */
 export async function* sample(D, latents, settings, noise) {
@@ -144,6 +141,8 @@ export async function* sample(D, latents, settings, noise) {
   const { s, derivatives, t: timeOf, ...schedule } = makeSchedule(settings);
   const levels = settings.sigma_steps ?? noiseLevels(settings);
   const N = levels.length - 1;
+  let x = latents.map((value) => value * levels[0]);
+  if (solver === "dpmpp_2m") return yield* multistep(D, x, levels);
 
   /** Return the slope dx/dt of the ODE (Eq. 4) and the denoised images. */
   async function slope(x, t) {
@@ -154,18 +153,13 @@ export async function* sample(D, latents, settings, noise) {
     return { d: x.map((value, i) => (ds / scale) * value - scale * dsigma * sigma * score(i)), denoised };
   }
 
-  let x = latents.map((value) => value * levels[0]);
   for (let i = 0; i < N; i++) {
     const [sigma, sigmaNext] = [levels[i], levels[i + 1]];
-    let sigmaHat = sigma;
-    if (S_churn > 0) {
-      const epsilon = noise();
-      if (S_min <= sigma && sigma <= S_max) { // Algorithm 2: raise the noise level
-        const gamma = Math.min(S_churn / N, Math.SQRT2 - 1);
-        sigmaHat = sigma + gamma * sigma;
-        const added = Math.sqrt(sigmaHat ** 2 - sigma ** 2) * S_noise;
-        x = x.map((value, k) => value + added * epsilon[k]);
-      }
+    const gamma = S_min <= sigma && sigma <= S_max ? Math.min(S_churn / N, Math.SQRT2 - 1) : 0;
+    const sigmaHat = sigma + gamma * sigma;
+    if (S_churn > 0) { // Algorithm 2: raise the noise level
+      const [epsilon, added] = [noise(), Math.sqrt(sigmaHat ** 2 - sigma ** 2) * S_noise];
+      x = x.map((value, k) => value + added * epsilon[k]);
     }
     const [t, tNext] = [timeOf(sigmaHat), timeOf(sigmaNext)];
     const h = tNext - t;
@@ -181,12 +175,24 @@ export async function* sample(D, latents, settings, noise) {
   }
 }
 
+/** Follow the ODE with DPM-Solver++(2M) (Lu et al., 2022): D is extrapolated from the step before. */
+async function* multistep(D, x, levels) {
+  let before = null;
+  for (let i = 0; i < levels.length - 1; i++) {
+    const [ratio, denoised] = [levels[i + 1] / levels[i], await D(x, levels[i])];
+    const weight = before && ratio > 0 ? Math.log(ratio) / Math.log(levels[i] / levels[i - 1]) / 2 : 0;
+    const extrapolated = denoised.map((value, k) => (weight ? value + weight * (value - before[k]) : value));
+    x = x.map((value, k) => ratio * value + (1 - ratio) * extrapolated[k]);
+    before = denoised;
+    yield { x, sigma: levels[i + 1], denoised };
+  }
+}
+
 /** Return D with classifier-free guidance: D(x; sigma) + guidance (D(x; sigma, labels) - D(x; sigma)). */
 export function guided(D, guidance) {
   if (guidance === 1) return D;
   return async (x, sigma, labels) => {
-    const unconditional = await D(x, sigma, null);
-    const conditional = await D(x, sigma, labels);
+    const [unconditional, conditional] = [await D(x, sigma, null), await D(x, sigma, labels)];
     return unconditional.map((value, i) => value + guidance * (conditional[i] - value));
   };
 }

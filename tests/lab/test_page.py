@@ -8,7 +8,7 @@ from PIL import Image
 
 from edm.exact import FiniteData, GaussianMixture
 from edm.sampler import sample
-from edm.schedule import table_1
+from lab.build import table_1
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 expect = playwright.expect

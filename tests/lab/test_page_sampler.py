@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from edm.exact import FiniteData
-from edm.sampler import guided, sample
+from edm.sampler import SOLVERS, guided, sample
 from edm.schedule import DISCRETIZATIONS, RANGES, SCALINGS, SCHEDULES, iddpm_levels, iddpm_steps
 from lab.build import table_1
 from lab.data import to_uint8
@@ -25,6 +25,7 @@ NETWORK_SETTINGS = [  # solver, discretization, schedule, scaling, N, rho, churn
     ("heun", "edm", "linear", "none", 6, 3, CHURN, 1),
     ("heun", "edm", "linear", "none", 5, 7, {}, 1.5),
     ("euler", "edm", "linear", "none", 9, 7, CHURN, 1.5),
+    ("dpmpp_2m", "edm", "linear", "none", 9, 7, {}, 1),
     ("euler", "vp", "vp", "vp", 9, 7, {}, 1),
     ("heun", "vp", "vp", "none", 6, 7, {}, 1),
     ("heun", "vp", "linear", "vp", 6, 7, CHURN, 1),
@@ -153,8 +154,8 @@ def sample_in_python(denoiser, latents: torch.Tensor, settings: dict, noise: tor
 @pytest.mark.parametrize("churn", [{}, CHURN], ids=["ODE", "churn"])
 def test_samplers_agree_in_closed_form(page, normal_noise, churn):
     """All choices of Table 1 together: the states and the number of evaluations."""
-    solvers = page.evaluate("async () => (await import('/sampler.js')).SOLVERS")
     latents, noise = normal_noise(8, 1, 1, 1)(), normal_noise(6, 8, 1, 1, 1, seed=1)()
+    solvers = [solver for solver in SOLVERS if not (churn and solver == "dpmpp_2m")]
     for names in itertools.product(solvers, DISCRETIZATIONS, SCHEDULES, SCALINGS):
         settings, counts = choices(*names, 6, 5.0, churn), []
         exact = FiniteData(torch.tensor(POINTS, dtype=torch.float64).view(2, 1, 1, 1))
