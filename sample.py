@@ -20,14 +20,14 @@ MAX_GRID = 2500  # images in the grid; further ones are written as single files 
 def main() -> None:
     args = parse_arguments()
     overrides = [f"sampler.{name}={getattr(args, name)}" for name in FLAGS if getattr(args, name) is not None]
+    if args.guide not in (None, "null") and args.guidance is None:
+        raise UserError("--guide needs --guidance, the weight of the network against its guide, such as --guidance 2")
     if args.export:
         export(args.checkpoint, args.export, args.config_path, overrides)
         return
     advice = f"lower --batch_size (now {args.batch_size}), or choose fp16 or bf16 for --mixed_precision"
     with distributed(args.device) as (device, world), explain_device_errors(advice):
         config, denoiser, _ = load_denoiser(args.checkpoint, args.config_path, overrides, device, world)
-        if config.sampler.guide and config.sampler.guidance == 1 and args.guidance is None:
-            raise UserError("--guide needs --guidance, the weight of the network against its guide, such as --guidance 2")
         label_dim, class_index = config.network.label_dim, args.class_index
         if class_index is not None and class_index >= label_dim:
             known = f"its classes are 0 to {label_dim - 1}" if label_dim else "the network is unconditional"

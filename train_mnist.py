@@ -97,7 +97,7 @@ def train(config: Config, args: argparse.Namespace, device: torch.device, world:
                     learner.scaler.scale(mean * world.size).backward()  # the ranks' gradients are averaged, not summed
                 seen.append(torch.stack([sigma, importance, loss.detach()]))
 
-            # Update the weights by Adam, at a learning rate that ramps up, then their average (with snapshots, three of them).
+            # Update the weights by Adam, at a learning rate that ramps up, then their averages.
             learner.optimizer_step(step * batch_size)
             for average in (ema, *learner.power_ema.values()):
                 average.update(step * batch_size, batch_size)

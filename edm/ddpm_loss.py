@@ -54,8 +54,11 @@ class ImportanceSampledTimesteps(nn.Module, NoiseDistribution):
 
     def update(self, sigma: torch.Tensor, losses: torch.Tensor) -> None:
         """Append the losses of a whole batch, (B,), in order, to the histories of the timesteps with noise levels (B,)."""
-        for t, loss in zip(self.levels.nearest(sigma).split(1), losses.to(self.history.dtype).split(1)):
-            self.history[t] = torch.cat([self.history[t, 1:], loss[None]], dim=1)
+        t, losses = self.levels.nearest(sigma), losses.to(self.history.dtype)
+        before = (t[:, None] == t).tril(-1).sum(dim=1)  # how many losses of the same timestep come first in the batch
+        for turn in range(int(before.max()) + 1):
+            now = before == turn
+            self.history[t[now]] = torch.cat([self.history[t[now], 1:], losses[now, None]], dim=1)
 
 
 def variational_loss(

@@ -75,7 +75,7 @@ def gamma_of(sigma_rel: float) -> float:
 
 
 def reconstruct(averages: list[tuple[float, float]], target: tuple[float, float]) -> tuple[torch.Tensor, float]:
-    """Return factors x_i, with which a sum of known averages is nearest to another one, and how near it is.
+    """Return factors x_i, with which a sum of known averages is nearest to another one, and the relative error of its profile.
 
     |sum x_i p_i - p| is minimal for profiles p_i and p under sum x_i = 1. With m = min(s, t), the integral of p_i p is
     (gamma_i + 1) (gamma + 1) / (s^(gamma_i + 1) t^(gamma + 1)) m^(gamma_i + gamma + 1) / (gamma_i + gamma + 1).

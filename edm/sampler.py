@@ -218,13 +218,15 @@ def guided(D: Denoiser, guide: Denoiser, weight: float, interval: tuple[float, f
 
     def guided_denoiser(x, sigma, labels=None, **options):
         outputs = D(x, sigma, labels, **options)
-        sigma_of_each = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).view(-1, 1, 1, 1)
-        is_inside = (low <= sigma_of_each) & (sigma_of_each <= high)
-        if not is_inside.any():
+        is_inside = (low <= sigma) & (sigma <= high)  # a bool, or one for each image
+        if not (is_inside.any() if isinstance(is_inside, torch.Tensor) else is_inside):
             return outputs
         D_x, others = outputs.tensor_split([x.shape[1]], dim=1)
         D_guide = guide(x, sigma, labels)
-        return torch.cat([torch.where(is_inside, D_guide + weight * (D_x - D_guide), D_x), others], dim=1)
+        D_guided = D_guide + weight * (D_x - D_guide)
+        if isinstance(is_inside, torch.Tensor):
+            D_guided = torch.where(is_inside.view(-1, 1, 1, 1), D_guided, D_x)
+        return torch.cat([D_guided, others], dim=1)
 
     return guided_denoiser
 

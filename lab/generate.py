@@ -63,6 +63,8 @@ def load_denoiser(
     if config.preconditioning.sigma_data == "auto":
         raise UserError(f"preconditioning.sigma_data: {path} does not say what auto was measured to be; give the number")
     denoiser = build_network(config, contents["ema"], path).to(device, memory_format=torch.channels_last)
+    if config.sampler.guide and Path(config.sampler.guide).resolve() == path.resolve():
+        raise UserError(f"sampler.guide: {path} cannot guide itself; null guides by the network without its classes")
     denoiser.guide = load_guide(config, device, world)
     return config, denoiser.eval().requires_grad_(False), contents["step"]
 
@@ -76,7 +78,10 @@ def load_guide(config: Config, device: torch.device, world: World | None = None)
     if not config.sampler.guide:
         return None
     path = Path(config.sampler.guide)
-    own, guide, _ = load_denoiser(path, None, NO_GUIDANCE, device, world)
+    try:
+        own, guide, _ = load_denoiser(path, None, NO_GUIDANCE, device, world)
+    except UserError as error:
+        raise UserError(f"sampler.guide: {error}") from None
     for entry in ("data.resolution", "data.channels", "network.label_dim", "preconditioning.formulation"):
         section, key = entry.split(".")
         found, expected = (getattr(getattr(each, section), key) for each in (own, config))

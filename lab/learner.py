@@ -115,7 +115,7 @@ class Learner:
             )
         checkpoint.load_weights(self.net, state["net"], path)
         checkpoint.load_weights(self.ema.net, state["ema"], path)
-        for width, average in self.power_ema.items():  # a run without them counts as one whose weights were these all along
+        for width, average in self.power_ema.items():  # without saved averages, both start from the current weights
             checkpoint.load_weights(average.net, state.get("power_ema", {}).get(width, state["net"]), path)
         try:
             moments = {i: like_parameter(state["optimizer"][i], p) for i, p in enumerate(self.net.parameters())}

@@ -187,6 +187,8 @@ def results(
     if data != DIGITS:  # there are no classes
         guidance = {}
     class_index = None if class_index == "all" or data != DIGITS else class_index
+    if choices["solver"] == "dpmpp_2m":
+        choices["S_churn"] = 0.0
     chosen = {name: preset(name) for name in FILES} if view == FOUR else {ONE: choices}
     found = {}
     for name, options in chosen.items():
@@ -320,6 +322,8 @@ def applies(name: str, settings: dict[str, object]) -> bool:
         return True
     if settings["solver"] == "ddim":  # it has noise levels of its own
         return False
+    if settings["solver"] == "dpmpp_2m" and (name in ("schedule", "scaling") or name.startswith("S_")):
+        return False  # sigma(t) and s(t) cancel out, and there is no churn
     if name == "rho":
         return settings["discretization"] == "edm"
     return name not in ("S_min", "S_max", "S_noise") or settings["S_churn"] > 0

@@ -106,6 +106,8 @@ def test_what_cannot_be_made_is_refused_in_one_line(train, tiny, script, tmp_pat
     for options in (("--width", 0.01), ("--width", 0.25), ("--width", 0.07, "--step", 9)):
         expected = r"6 snapshots up to step 6, residual \d+\.\d\d%, of 5% allowed; try a width from 0\.05 to 0\.1 at the step"
         assert re.search(expected, refusal(folder, *options))
+    code, _, err = script("lab/ema.py", folder, "--width", 0.07, "--output", folder / "snapshot-2.pt")
+    assert code == 2 and "is one of the snapshots" in err
     (folder / "snapshot-1.pt").unlink()
     assert "holds no snapshot-*.pt up to step 1;" in refusal(folder, "--width", 0.07, "--step", 1)
 
@@ -116,7 +118,9 @@ def test_what_cannot_be_made_is_refused_in_one_line(train, tiny, script, tmp_pat
     other = train(tiny, f"{EVERY}=4", "network.model_channels=16", LAST_STEP, 4, output="other") / "snapshot-4.pt"
     for source in (other, trained):
         path.write_bytes(source.read_bytes())
-        assert "snapshot-4.pt is not a snapshot, or one of another network than 2's" in refusal(folder, "--width", 0.07)
+        assert "snapshot-4.pt is not a snapshot, or belongs to another network than that of step 2" in refusal(
+            folder, "--width", 0.07
+        )
     contents = checkpoint.load(folder / "snapshot-6.pt")
     for averages in ([], {0.05: contents["ema"]}, {0.05: contents["ema"], 0.1: {"x": 3}}):
         checkpoint.save(path, contents | {"power_ema": averages})

@@ -220,6 +220,8 @@ def test_controls_that_change_nothing_are_switched_off():
     controls["guidance"].value = 2.0
     controls["discretization"].value = "vp"
     assert off() == {"rho"}
+    controls["solver"].value = "dpmpp_2m"
+    assert off() == {"rho", "schedule", "scaling", "S_churn", *churn}
     controls["solver"].value = "ddim"
     assert off() == {"discretization", "schedule", "scaling", "rho", "sigma_min", "sigma_max", "S_churn", *churn}
     assert not playground.applies("solver", START | {"view": FOUR}) and playground.applies("N", START | {"view": FOUR})
@@ -232,8 +234,7 @@ def test_ddim_and_churn_and_impossible_settings():
     assert "random" in churned[0].caption() and not torch.equal(churned[0].run.x[-1], churned[1].run.x[-1])
     with pytest.raises(UserError, match="lower sigma_min"):
         finish(results(**START | preset("VP") | {"sigma_min": 1.0}))
-    with pytest.raises(UserError, match="the solver dpmpp_2m adds no noise; set S_churn to 0"):
-        result(solver="dpmpp_2m", S_churn=40.0)
+    assert not result(solver="dpmpp_2m", S_churn=40.0).is_random
     with pytest.raises(UserError, match="S_min"):
         playground.sampler_config("two peaks", 8, S_min=2.0, S_max=1.0)
 

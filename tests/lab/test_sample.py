@@ -194,9 +194,10 @@ BAD_CALLS = {
     "TRAINED --config_path none.yaml": "cannot read the config none.yaml: No such file",
     "TRAINED --config_path other.yaml": "of another network than the config's",
     "TRAINED --solver dpmpp_2m --S_churn 1": "sampler.S_churn: the solver dpmpp_2m adds no noise; set S_churn to 0",
-    "TRAINED --guide none.pt --guidance 2": "there is no checkpoint none.pt",
+    "TRAINED --guide none.pt --guidance 2": "sampler.guide: there is no checkpoint none.pt",
     "TRAINED --guide tiny.yaml --guidance 2": "tiny.yaml is damaged, or not a checkpoint",
     "TRAINED --guide GUIDE": "--guide needs --guidance",
+    "TRAINED --guide SELF --guidance 2": "cannot guide itself",
 }
 OTHER_GUIDES = {
     "data.resolution=16": "has data.resolution=16, and the network that it would guide 8",
@@ -210,6 +211,7 @@ def test_a_bad_call_ends_in_one_line_and_exit_code_2(script, tmp_path, tiny, tra
     (tmp_path / "other.yaml").write_text("base: tiny.yaml\nnetwork: {model_channels: 16}\n")
     for call, message in BAD_CALLS.items():
         call = call.replace("TRAINED", f"--checkpoint {trained}").replace("GUIDE", str(trained.with_name("diffusion-3.pt")))
+        call = call.replace("SELF", str(trained))
         code, out, err = script("sample.py", *call.split())
         assert (code, out, err.count("\n")) == (2, "", 1), call
         assert message in err
