@@ -1,12 +1,15 @@
 """Sample images from a checkpoint: a grid, and on request single images and an animation of the first ones."""
 
+# First, as from here on Ctrl-C ends without a traceback.
+from lab.cli import Parser, UserError, run_script, seed_list, whole_number
+
+# isort: split
 import argparse
 from pathlib import Path
 
 import torch
 
 from lab import gallery, pictures
-from lab.cli import Parser, UserError, run_script, seed_list, whole_number
 from lab.config import Sampler
 from lab.device import autocast_dtype, explain_device_errors
 from lab.distributed import distributed

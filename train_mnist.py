@@ -1,5 +1,9 @@
 """Train a diffusion model as a config says: by default EDM on MNIST, with configs/edm.yaml."""
 
+# First, as from here on Ctrl-C ends without a traceback.
+from lab.cli import Parser, UserError, run_script
+
+# isort: split
 import argparse
 from itertools import repeat
 from pathlib import Path
@@ -10,7 +14,6 @@ from torch.nn.functional import one_hot
 from edm.augment import augment
 from edm.loss import squared_error
 from lab.build import build_chain_loss, build_sampler, build_weighting
-from lab.cli import Parser, UserError, run_script
 from lab.config import Config, load
 from lab.data import batches, open_dataset, to_model_range, with_measured_sigma_data
 from lab.device import autocast, explain_device_errors
@@ -58,7 +61,7 @@ def train(config: Config, args: argparse.Namespace, device: torch.device, world:
         first_step = run.start(learner, args.resume_from, args.load_model_weights_from_checkpoint, args.overwrite)
         run.announce(learner, len(dataset), device)
         if run.lacks_grid(first_step):
-            save_grid(run.grid(first_step), ema.net, config, device, learner.precision, world)
+            save_grid(run.grid(first_step), ema.net, config, device, learner.precision, world, run.is_asked_to_stop)
 
         shard = world.shard(batch_size)  # the part of every batch that this rank computes
         stream = batches(dataset, config, first_step, device, world)
@@ -112,7 +115,7 @@ def train(config: Config, args: argparse.Namespace, device: torch.device, world:
             if run.is_due(step) or run.stopping:
                 run.save(step, learner)
             if run.is_due(step) and not run.stopping:
-                save_grid(run.grid(step), ema.net, config, device, learner.precision, world)
+                save_grid(run.grid(step), ema.net, config, device, learner.precision, world, run.is_asked_to_stop)
         run.finish(first_step, step)
 
 

@@ -2,9 +2,11 @@
 
 import argparse
 import difflib
+import io
 import os
 import re
 import reprlib
+import signal
 import sys
 from collections.abc import Callable, Iterable
 
@@ -101,12 +103,20 @@ def run_script(main: Callable[[], None]) -> None:
     """Call the main function of a script and turn its errors into exit codes.
 
     A `UserError` prints one line and exits with code 2, Ctrl-C exits with code 130. A closed output, as in `| head`, exits
-    silently with code 141, like any command that SIGPIPE ends.
+    silently with code 141, like any command that SIGPIPE ends. Characters that the terminal cannot show are escaped.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's streams are not, and take any character
+            stream.reconfigure(errors="backslashreplace")
+    os.environ["MPLBACKEND"] = "agg"  # commands draw into files alone, whatever is set for other programs
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by lab/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
         print(end="", flush=True)  # a closed output raises here rather than while Python exits
-    except UserError as error:
+    except (UserError, UnicodeEncodeError) as error:
+        if isinstance(error, UnicodeEncodeError):  # of a path, as streams escape what they lack
+            error = f"file names cannot hold {brief(error.object)} in the encoding {error.encoding}; set PYTHONUTF8=1"
         rank = int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
         if rank == 0 or dist.is_initialized():  # before that, all ranks fail in the same way
             sys.stderr.write(f"error{f' on rank {rank}' if rank else ''}: {one_line(str(error))}\n")

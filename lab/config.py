@@ -71,7 +71,7 @@ class Preconditioning(Section):
     """How F becomes a denoiser."""
 
     formulation: Literal["edm", "vp", "ve", "iddpm", "ddpm", "improved_ddpm"] = "edm"
-    sigma_data: Annotated[Float, Field(gt=0)] | Literal["auto"] = 0.5
+    sigma_data: Annotated[Float, Field(ge=1e-3, le=1000)] | Literal["auto"] = 0.5
 
 
 class Chain(Section):
@@ -214,7 +214,7 @@ def read_file(path: Path, above: tuple[Path, ...]) -> dict:
         raise UserError(f"{path}: base: must be the name of a file, not {brief(base)}")
     beside, shipped = path.parent / base, CONFIGS / base
     base = shipped if os.path.exists(shipped) and not os.path.exists(beside) else beside
-    if base.resolve() in [path.resolve(), *(other.resolve() for other in above)]:
+    if os.path.realpath(base) in map(os.path.realpath, (path, *above)):  # Path.resolve fails where links lead in a circle
         raise UserError(f"{path}: base: {base} is based on this file in turn")
     merged = read_file(base, (*above, path))
     return merged | {section: merged.get(section, {}) | entries for section, entries in values.items()}

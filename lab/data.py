@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from lab.cli import UserError, one_line
 from lab.config import Config, Data, with_overrides
+from lab.device import is_out_of_memory
 from lab.distributed import World
 from lab.seeds import generator_for
 
@@ -25,6 +26,7 @@ IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".web
 # Formats that are read, whatever the suffix. Pillow would run code in others, such as EPS.
 IMAGE_FORMATS = ["BMP", "GIF", "JPEG", "PNG", "PPM", "WEBP"]
 HAVE_TEST_SETS = ("mnist", "fashion_mnist", "cifar10")
+HIDDEN = (".", "__")  # how the names of files and folders begin that are no data
 MAX_READERS = 16  # threads that decode images
 
 
@@ -80,21 +82,30 @@ def torchvision_images(data: Data, test: bool) -> tuple[torch.Tensor, torch.Tens
     """Return all training or test images, (N, C, resolution, resolution) uint8, padded with black, and their labels, (N,)."""
     from torchvision import datasets  # slow to import, and needed only here
 
-    cls = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[data.dataset]
+    cls, name, shape = {
+        "mnist": (datasets.MNIST, "MNIST", (28, 28)),
+        "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST", (28, 28)),
+        "cifar10": (datasets.CIFAR10, "cifar-10-batches-py", (32, 32, 3)),
+    }[data.dataset]
+    folder = Path(data.root, name)
+    was_there = os.path.isdir(folder) and any(path.is_file() for path in folder.rglob("*"))
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # torchvision prints every mirror that it tries
             opened = cls(data.root, train=not test, download=True)
+        images, labels = torch.as_tensor(opened.data), torch.as_tensor(opened.targets)
+        if images.shape[1:] != shape or labels.shape != images.shape[:1] or not 0 <= labels.min() <= labels.max() <= 9:
+            raise ValueError(f"it must hold {shape[0]} x {shape[1]} pixels and a label from 0 to 9 for each image")
     except Exception as error:  # torchvision raises whatever its download or its parser raises
         reason = one_line(str(error)) or type(error).__name__
+        problem = f"in {str(folder)!r} is damaged or incomplete" if was_there else f"could not be downloaded to {data.root!r}"
         raise UserError(
-            f"{data.dataset} could be neither read from {data.root!r} nor downloaded ({reason:.300}); "
+            f"{data.dataset} {problem} ({reason:.300}); "
             "name the folder that holds it with --data_root, or use data.dataset=digits, which needs no download"
         ) from None
-    images = torch.as_tensor(opened.data)
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
     missing = data.resolution - images.shape[-1]
     before, after = missing // 2, missing - missing // 2
-    return torch.nn.functional.pad(images, (before, after, before, after)), torch.as_tensor(opened.targets)
+    return torch.nn.functional.pad(images, (before, after, before, after)), labels
 
 
 def with_channels(images: torch.Tensor, channels: int) -> torch.Tensor:
@@ -111,20 +122,14 @@ class ImageFolder(Dataset):
     a folder without sub-folders is one class.
 
     Raises:
-        UserError: there is no such folder, it has no images, or (when it is read) an image is unreadable.
+        UserError: there is no such folder, it has no images, a folder in it or (when it is read) an image is unreadable.
     """
 
     def __init__(self, root: str, resolution: int, channels: int):
         self.root, self.resolution, self.channels = Path(root), resolution, channels
         if not os.path.isdir(root):
             raise UserError(f"data.root: {root!r} is not a folder; name a folder of images with --data_root")
-        self.paths = sorted(
-            path
-            for path in self.root.rglob("*")
-            if path.suffix.lower() in IMAGE_SUFFIXES
-            and path.is_file()
-            and not any(part.startswith((".", "__")) for part in path.relative_to(root).parts)
-        )
+        self.paths = sorted(path for path in files_under(self.root) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
         if not self.paths:
             raise UserError(f"data.root: there is no image in {root!r} ({', '.join(sorted(IMAGE_SUFFIXES))})")
         folders = [path.relative_to(root).parts[0] if path.parent != self.root else "" for path in self.paths]
@@ -142,9 +147,26 @@ class ImageFolder(Dataset):
                     image = image.convert("I").point(lambda value: value / 256).convert("L")
                 image = image.convert("L" if self.channels == 1 else "RGB")
                 image = ImageOps.fit(image, (self.resolution, self.resolution), Image.Resampling.LANCZOS)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # damage makes Pillow raise anything
+            if is_out_of_memory(error):
+                raise
             raise UserError(f"cannot read the image {self.paths[index]}: {one_line(str(error))}") from None
         return from_pil(image), self.labels[index]
+
+
+def files_under(root: Path) -> Iterator[Path]:
+    """Yield the files in a folder and in all folders below it, except hidden ones.
+
+    Raises:
+        UserError: one of the folders cannot be read.
+    """
+
+    def refuse(error: OSError):
+        raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
+
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
+        yield from (Path(folder, name) for name in names if not name.startswith(HIDDEN))
 
 
 def as_tensors(dataset: Dataset, quiet: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -94,9 +94,13 @@ def wait_for(device: torch.device) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that memory has run out: PyTorch's own, that of a library below it, or Python's."""
-    words = r"out of memory|not enough memory|can't allocate memory|STATUS_ALLOC_FAILED|unable to find an engine"
+    words = (
+        r"out of memory|not enough memory|can(no|')t allocate memory|bad_alloc|ALLOC(ATION)?_FAILED|unable to find an engine|"
+        r"could not create a (primitive|memory)|"  # oneDNN's
+        r"size calculation overflowed|array is too big|pixels is too large"  # PyTorch's, NumPy's, matplotlib's
+    )
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and re.search(words, str(error), re.IGNORECASE) is not None
+        isinstance(error, RuntimeError | ValueError) and re.search(words, str(error), re.IGNORECASE) is not None
     )
 
 
@@ -124,7 +128,7 @@ def explain_device_errors(advice: str) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise UserError(f"torch.compile failed, so leave out training.compile or --compile ({reason:.200})") from None

@@ -154,7 +154,7 @@ def distributed(device_name: str | None) -> Iterator[tuple[torch.device, World]]
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=attempt, rank=rank, world_size=size)
         control = dist.new_group(backend="gloo")
-        with open(os.devnull, "w") as silence, contextlib.redirect_stdout(sys.stdout if rank == 0 else silence):
+        with open(os.devnull, "w", errors="replace") as silence, contextlib.redirect_stdout(silence if rank else sys.stdout):
             yield device, World(rank, size, local_rank, local_size, control, dist.PrefixStore("run", store))
         dist.destroy_process_group()
     except RuntimeError as error:

@@ -158,6 +158,7 @@ def generate(
     class_index: int | None = None,
     world: World | None = None,
     title: str | None = "sampling",
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[torch.Tensor]:
     """Sample images, one for each seed.
 
@@ -169,6 +170,7 @@ def generate(
         class_index: the class of all images; by default all classes in turn.
         world: the ranks that share the work. All of them call; only rank 0 gets images.
         title: of the progress bar; None for no bar.
+        stop: asked after each sampling step. Once it is true, sampling ends, and the images are unfinished.
 
     Yields:
         (B, C, H, W) uint8 on the CPU, batch after batch.
@@ -185,6 +187,8 @@ def generate(
             for state in sampler(denoiser, noise(), labels, noise):
                 images = state.x
                 bar.update()
+                if stop():
+                    break
         return to_uint8(images).cpu()
 
     hidden = title is None or not world.is_first
@@ -201,13 +205,19 @@ def save_grid(
     config: Config,
     device: torch.device,
     precision: torch.dtype,
-    world: World | None = None,
+    world: World,
+    stop: Callable[[], bool],
 ) -> None:
-    """Write a grid of the config's `num_samples` samples, from seeds 0, 1, 2, ..., as a PNG file."""
+    """Write a grid of the config's `num_samples` samples, from seeds 0, 1, 2, ..., as a PNG file.
+
+    Args:
+        stop: asked after each sampling step. Once it is true on a rank, nothing is written.
+    """
     seeds = list(range(config.sampler.num_samples))
     batch_size = 4 * config.training.batch_size  # without gradients there is room for more than in training
-    images = list(generate(denoiser, seeds, config, device, batch_size, precision, world=world))
-    if images:  # on rank 0
+    images = list(generate(denoiser, seeds, config, device, batch_size, precision, world=world, stop=stop))
+    is_stopped = world.all_reduce_max(stop())
+    if images and not is_stopped:  # on rank 0
         pictures.save_image(path, pictures.grid(torch.cat(images), grid_columns(seeds, config.network.label_dim)))
 
 

@@ -1,6 +1,7 @@
 """Frechet distance, precision, recall and classes of samples, by the features of a small classifier or of Inception."""
 
 import hashlib
+import io
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from torch.nn.functional import cross_entropy, interpolate, one_hot
 from tqdm import tqdm
 
 from lab import checkpoint
-from lab.cli import UserError
+from lab.cli import UserError, one_line
 from lab.config import Config
 from lab.data import HAVE_TEST_SETS, as_tensors, open_dataset
 from lab.device import in_parts_that_fit
@@ -114,12 +115,8 @@ class Inception(nn.Module):
         super().__init__()
         from torchvision.models import Inception_V3_Weights, inception_v3  # slow to import
 
-        try:
-            self.net = inception_v3(weights=Inception_V3_Weights.IMAGENET1K_V1)
-        except (OSError, RuntimeError) as error:  # the download failed, or the file is damaged
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"torchvision's Inception could not be downloaded or read ({reason})") from None
-        self.net.transform_input = False  # `forward` normalises to [-1, 1], not by ImageNet's mean
+        self.net = inception_v3(init_weights=False)
+        self.net.load_state_dict(published_weights(Inception_V3_Weights.IMAGENET1K_V1.url))
         self.net.fc = nn.Identity()
         self.eval().requires_grad_(False)
 
@@ -127,6 +124,26 @@ class Inception(nn.Module):
         """Return the features (B, 2048) of images (B, 1 or 3, H, W) uint8."""
         images = images.expand(-1, 3, -1, -1).float()
         return self.net(interpolate(images, size=(299, 299), mode="bilinear", antialias=True) / 127.5 - 1)
+
+
+def published_weights(url: str) -> dict:
+    """Return weights that PyTorch publishes, downloaded on first use. The file's name ends in the start of its SHA-256.
+
+    Raises:
+        UserError: they cannot be downloaded, or the file is not the published one.
+    """
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path))
+        contents = path.read_bytes()
+        if not path.stem.endswith(hashlib.sha256(contents).hexdigest()[:8]):
+            raise ValueError("its checksum is another one")
+        return torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
+    except Exception as error:  # a failed download and a damaged file raise anything
+        reason = one_line(str(error))
+        raise UserError(f"{path} could not be downloaded, or is damaged: delete it to try again ({reason:.100})") from None
 
 
 @torch.no_grad()

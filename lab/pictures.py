@@ -2,6 +2,8 @@
 
 import math
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -26,10 +28,28 @@ SCALE = 3  # screen pixels for each pixel of an image in a table
 @contextmanager
 def style() -> Iterator[None]:
     """Apply the style of lab/style.mplstyle, in a `with` block or in a function that is decorated with `@style()`."""
-    import matplotlib.style
+    with ctrl_c_postponed():
+        import matplotlib.style
 
-    with matplotlib.style.context(Path(__file__).with_name("style.mplstyle")):
+        with matplotlib.style.context(Path(__file__).with_name("style.mplstyle")):
+            yield
+
+
+@contextmanager
+def ctrl_c_postponed() -> Iterator[None]:
+    """Raise KeyboardInterrupt after the block, not in it, where matplotlib may swallow it or turn it into another error."""
+    is_main = threading.current_thread() is threading.main_thread()  # no other thread has handlers
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # a training run's handler raises nothing
+        return
+    came = []
+    signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    try:
         yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def check_writable(path: Path) -> None:

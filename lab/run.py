@@ -97,6 +97,10 @@ class Run:
                 with contextlib.suppress(OSError):  # os.write, as print must not interrupt another print
                     os.write(2, b"\nStopping after this step; once more to stop at once.\n")
 
+    def is_asked_to_stop(self) -> bool:
+        """Return whether this rank was sent a signal."""
+        return self.signum > 0
+
     # How a run starts
 
     def start(self, learner: Learner, resume_from: str | None, weights_from: str | None, overwrite: bool) -> int:
@@ -227,9 +231,12 @@ class Run:
         last = self.config.training.num_training_steps
         options = {"unit": "step", "mininterval": 0.5, "disable": not self.world.is_first}
         with tqdm(desc=self.config.name, initial=first, total=last, **options) as self.bar:
-            for step in range(first + 1, last + 1):
-                yield step
-                if self.stopping:
+            for step in range(first, last + 1):
+                if step > first:
+                    yield step
+                if self.is_due(step):  # a signal may have ended the drawing of samples
+                    self.agreed = self.world.all_reduce_max(self.signum)
+                if self.stopping or self.agreed:
                     return
 
     def record(self, loss: torch.Tensor, sigma: torch.Tensor, importance: torch.Tensor) -> None:

@@ -166,6 +166,8 @@ IMPOSSIBLE = {
     "training.batch_size=true": "training.batch_size: must be a number, not true",
     "network.channel_mult=2": "network.channel_mult: must be a list such as [2, 2, 2], not 2",
     "data.root=": "data.root: must have at least 1 character",
+    "preconditioning.sigma_data=1e-300": "preconditioning.sigma_data: must be greater than or equal to 0.001, not",
+    "preconditioning.sigma_data=1e300": "preconditioning.sigma_data: must be less than or equal to 1000, not",
     "training.seed": "write section.key=value",
     "seed=1": "write section.key=value",
     "training.seed=[": "command line: training.seed, line 1: not valid YAML",
@@ -247,6 +249,12 @@ def test_a_damaged_file_is_one_line(text, message, tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 600
     assert not Path("bomb").exists()
+
+
+def test_a_base_that_is_a_link_to_itself_is_one_line(tmp_path):
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    with pytest.raises(UserError, match=r"cannot read the config .*loop\.yaml \(the base of .*: Too many levels"):
+        configs.load(write(tmp_path, c="base: loop.yaml\n"))
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", "", "a\nb", 5])

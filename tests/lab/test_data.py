@@ -1,5 +1,6 @@
 """Data sets and batches."""
 
+import os
 import time
 import types
 from itertools import islice
@@ -106,12 +107,58 @@ def test_an_image_folder_crops_the_centre_resizes_and_takes_every_kind_of_image(
 
 def test_a_missing_or_unfit_data_set_is_one_line(tmp_path, image_folder, monkeypatch):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("a\0b", tmp_path / "loop"):
+        for dataset in ("mnist", "image_folder"):
+            with pytest.raises(UserError, match=r"not a folder|could not be downloaded to .* (null byte|symbolic links)"):
+                open_dataset(config(dataset, name, 32, 1))
     for folder, message in {"none": "not a folder", "empty": "no image", "images": "has 2 classes, more than .* 1"}.items():
         with pytest.raises(UserError, match=message):
             open_dataset(config("image_folder", tmp_path / folder, 8, 3, 1))
     monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:1/"])
     with pytest.raises(UserError, match=r"^.*Error downloading.*--data_root.*data\.dataset=digits, which needs no download$"):
         open_dataset(config("mnist", tmp_path, 32, 1))
+
+
+BAD_MNIST = [  # what is written over the start of a file, and what is said
+    ("labels", b"\0\0\x08\x01\0\0\0\x14\x0a", "must hold 28 x 28 pixels and a label from 0 to 9"),  # the first is 10
+    ("images", b"\0\0\x08\x03\0\0\0\x0a\0\0\0\x1c\0\0\0\x38", "must hold 28 x 28 pixels and a label"),  # 10 of 28 x 56
+    ("labels", b"\0\0\x08\x01\0\0\0\x15", "shape"),  # 21, though there are 20
+]
+
+
+@pytest.mark.parametrize(("name", "start", "reason"), BAD_MNIST, ids=["label", "size", "number"])
+def test_damaged_mnist_is_one_line(mnist_folder, name, start, reason):
+    path = next(mnist_folder.rglob(f"train-{name}*"))
+    path.write_bytes(start + path.read_bytes()[len(start) :])
+    with pytest.raises(UserError, match=rf"^mnist in '.*MNIST' is damaged or incomplete \(.*{reason}.*--data_root"):
+        open_dataset(config("mnist", mnist_folder, 32, 1))
+
+
+def test_a_folder_of_images_that_cannot_be_read_is_one_line_unless_hidden(image_folder, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.path.basename(path) in ("light", ".hidden"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"^cannot read the folder .*/images/light: Permission denied$"):
+        open_dataset(config("image_folder", image_folder, 8, 3))
+    (image_folder / "light").rename(image_folder / ".hidden")
+    assert len(open_dataset(config("image_folder", image_folder, 8, 3))) == 7
+
+
+def test_an_image_with_damaged_exif_is_one_line(image_folder):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 3, 72.0  # turned upside down; a resolution
+    Image.new("RGB", (8, 8)).save(image_folder / "dark" / "00.jpg", exif=exif)
+    content = (image_folder / "dark" / "00.jpg").read_bytes()
+    damaged = content.replace(b"\x01\x1a\0\x05", b"\x01\x1a\0\x01")  # the resolution's type
+    (image_folder / "dark" / "00.jpg").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"^cannot read the image .*00\.jpg: bad operand type"):
+        as_tensors(open_dataset(config("image_folder", image_folder, 8, 3)))
 
 
 PROGRAM = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(bomb) run\n"

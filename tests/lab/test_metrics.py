@@ -1,5 +1,8 @@
 """How samples are compared: distance, precision, recall, the classifier, and which images are compared with which."""
 
+import hashlib
+import os
+
 import pytest
 import torch
 
@@ -118,6 +121,35 @@ def test_an_image_folder_is_divided(tmp_path, tiny, image_folder, monkeypatch):
         path.unlink()
     with pytest.raises(UserError, match="too few to compare samples with"):
         compare()
+
+
+@pytest.mark.parametrize("code", [True, False])
+def test_inceptions_file_is_read_if_it_has_the_published_checksum_and_no_code_in_it_runs(tmp_path, monkeypatch, code):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub" / "checkpoints" / "inception_v3_google-0cc3c7bd.pth"
+    path.parent.mkdir(parents=True)
+    torch.save(Bomb(str(tmp_path / "bomb")) if code else {"weight": torch.ones(3)}, path)
+    with pytest.raises(UserError, match=rf"^{path} could not be .*or is damaged: .* \(its checksum is another one\)$"):
+        metrics.Inception()
+    # The same under a name that has its checksum.
+    renamed = path.with_name(f"x-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pth")
+    path.rename(renamed)
+    if code:
+        with pytest.raises(UserError, match="is damaged"):
+            metrics.published_weights(f"https://x/{renamed.name}")
+        assert not (tmp_path / "bomb").exists()
+    else:
+        assert metrics.published_weights(f"https://x/{renamed.name}")["weight"].tolist() == [1, 1, 1]
+
+
+class Bomb:
+    """What makes a folder when it is unpickled."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
 def test_one_class_needs_inception(tmp_path, tiny, image_folder, monkeypatch):

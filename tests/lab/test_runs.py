@@ -6,6 +6,7 @@ import math
 import os
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,14 @@ from lab.losslog import LossLog
 LAST_STEP = "--num_training_steps"
 IMPORTANCE = ["preconditioning.formulation=improved_ddpm", "loss.objective=hybrid", "loss.noise_distribution=importance"]
 IMPORTANCE += ["loss.weighting=iddpm", "chain.betas=cosine", "chain.num_timesteps=2", "training.batch_size=8"]
+OUT_OF_MEMORY = [  # cuDNN's words, oneDNN's, C++'s, PyTorch's and matplotlib's
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "GET was unable to find an engine to execute this computation",
+    "could not create a primitive",
+    "std::bad_alloc",
+    "unable to mmap 99 bytes from file <x>: Cannot allocate memory (12)",
+    "Image size of 9x9000000 pixels is too large. It must be less than 2^23 in each direction.",
+]
 AUGMENTED = ["network.augment_dim=9", "data.augment_probability=0.5", "training.accumulation=2"]
 
 
@@ -293,9 +302,11 @@ def test_running_out_of_memory_and_a_failed_compilation_are_one_line(train, tiny
         train(tiny)
     with pytest.raises(UserError, match=r"out of memory: less \("), explain_device_errors("less"):
         torch.empty(2**50)
-    for words in ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "GET was unable to find an engine to execute this computation"):
-        with pytest.raises(UserError, match=rf"out of memory: less \({words}\)"), explain_device_errors("less"):
+    for words in OUT_OF_MEMORY:
+        with pytest.raises(UserError, match=rf"^out of memory: less \({re.escape(words)}"), explain_device_errors("less"):
             raise RuntimeError(words)
+    with pytest.raises(UserError, match=r"^out of memory: less \(array is too big"), explain_device_errors("less"):
+        np.empty(2**62)
     with pytest.raises(UserError, match=r"^torch\.compile failed, .* \(no such op\)$"), explain_device_errors("less"):
         raise torch._dynamo.exc.Unsupported("no such op\nMore.")
     with pytest.raises(RuntimeError, match="shapes"), explain_device_errors("less"):

@@ -1,5 +1,9 @@
 """sample.py: from a checkpoint and seeds to images, and the lines that end in none."""
 
+import io
+import os
+import subprocess
+import sys
 from unittest.mock import Mock
 
 import pytest
@@ -248,13 +252,36 @@ def test_seeds_and_classes():
     assert [grid_columns(*arguments) for arguments in others] == [None] * 3
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_characters_that_the_terminal_lacks_are_escaped(monkeypatch, encoding):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+
+    def main():
+        print("日本 \udcff")
+        raise UserError("no 日本")
+
+    with pytest.raises(SystemExit, match="2"):
+        run_script(main)
+    for stream, line in ((sys.stdout, rb"\u65e5\u672c \udcff"), (sys.stderr, rb"error: no \u65e5\u672c")):
+        stream.flush()
+        assert stream.buffer.getvalue() == line + b"\n"
+
+
+def test_pictures_are_drawn_whatever_backend_matplotlib_is_told_to_use(root):
+    command = [sys.executable, "-c", "from lab import cli, pictures; cli.run_script(pictures.style().__enter__)"]
+    ended = subprocess.run(command, cwd=root, env={**os.environ, "MPLBACKEND": "bogus"}, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
         (UserError("a line\nand \x1b[2J more of it, " + "x" * 2000), 2, "error: a line and ?[2J more of it, xxx"),
         (KeyboardInterrupt(), 130, "\nInterrupted."),
+        (UnicodeEncodeError("ascii", "日本", 0, 2, "no"), 2, "error: file names cannot hold '日本' in the encoding ascii; set"),
     ],
-    ids=["error", "interrupt"],
+    ids=["error", "interrupt", "encoding"],
 )
 def test_an_error_is_one_line_and_an_interrupt_has_its_own_code(capsys, error, code, said):
     with pytest.raises(SystemExit) as stop:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import checkpoint
+from lab import checkpoint, generate, pictures
 from lab.checkpoint import saved_steps
 from lab.cli import UserError
 from lab.distributed import World
@@ -92,6 +92,55 @@ def test_a_second_signal_ends_the_process_at_once(train, tiny, tmp_path, at_step
     with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
         train(tiny)
     assert saved_steps(tmp_path / "output" / RUN) == []
+
+
+def test_a_signal_that_comes_while_samples_are_drawn_ends_the_drawing(train, tiny, tmp_path, trained, same, monkeypatch):
+    """The run that goes on draws them, and its result is an undisturbed run's."""
+    build_sampler, drawn, folder, resume = generate.build_sampler, [], tmp_path / "output" / RUN, ()
+
+    def build(config):
+        def sampler(*arguments):
+            for state in build_sampler(config)(*arguments):
+                drawn.append(state)
+                if len(drawn) in (1, 2, 6):  # sampling steps; a grid takes three
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield state
+
+        return sampler
+
+    monkeypatch.setattr(generate, "build_sampler", build)
+    for count, step in ((1, 3), (2, 3), (6, 6)):  # while a run draws, while it draws what was left to it, at its end
+        with pytest.raises(SystemExit, match="143"):
+            train(tiny, *resume)
+        resume = ("--resume_from", "latest")
+        assert (len(drawn), saved_steps(folder)[-1]) == (count, step)
+        assert not (folder / f"sample-{step}.png").exists()
+    train(tiny, *resume)
+    assert len(drawn) == 9
+    assert same(checkpoint.load(folder / "diffusion-6.pt") | {"config": 0}, checkpoint.load(trained) | {"config": 0})
+    for name in ("sample-3.png", "sample-6.png", "metrics.jsonl"):
+        assert (folder / name).read_bytes() == trained.with_name(name).read_bytes()
+
+
+def test_ctrl_c_while_a_picture_is_drawn_waits_for_its_end():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # even if these tests were started with "&"
+    drawn = []
+    with pytest.raises(KeyboardInterrupt), pictures.style():
+        with pictures.style():
+            signal.raise_signal(signal.SIGINT)
+        drawn.append("all of it")
+    assert drawn == ["all of it"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("command", ["train_mnist.py", "sample.py", "-m lab.evaluate", "-m lab.gallery"])
+def test_ctrl_c_while_modules_are_imported_is_no_traceback(command, root, tmp_path):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # even if these tests were started with "&"
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}
+    command = [sys.executable, *command.split()]
+    ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
 
 
 def test_handlers_are_those_of_before_when_a_run_is_over_and_nohup_is_respected(train, tiny, at_step):
