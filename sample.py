@@ -87,7 +87,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, help="where to (default: output/image/<data set>/sample/<config name>)")
     parser.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
     parser.add_argument(
-        "--export", type=Path, metavar="FILE", help="write the averaged weights alone, in half precision, instead of sampling"
+        "--export",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="write the averaged weights alone, in half precision, instead of sampling",
     )
     return parser.parse_args()
 

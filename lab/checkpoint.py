@@ -7,23 +7,29 @@ A training run goes on from one that also holds `net`, `optimizer`, `scaler`, `n
 `snapshot-{step}.pt`, is a checkpoint of these in half precision; its `ema` is the narrower of the two.
 
 The file is the zip archive that `torch.save` writes. No code in it can run, and damage to what it holds is recognised by the
-checksums of the archive.
+checksums of the archive. More is not promised about it, so files for sharing are `.safetensors`: `ema`, with the rest as
+metadata. Nothing in these can run, recurse or claim memory.
 """
 
 import contextlib
+import io
+import json
+import math
 import os
-import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import BinaryIO
 
+import safetensors.torch
 import torch
 
 from lab import config as configs
 from lab import published
-from lab.cli import UserError, brief
+from lab.cli import UserError
 from lab.config import Config
 from lab.published import is_plain
 
@@ -39,7 +45,8 @@ def checkpoint_path(folder: Path, step: int, kind: str = "diffusion") -> Path:
 
 def saved_steps(folder: Path, kind: str = "diffusion") -> list[int]:
     """Return the steps of the checkpoints or snapshots in a folder, in rising order."""
-    matches = (re.fullmatch(rf"{kind}-(\d+)\.pt", path.name, re.ASCII) for path in folder.glob(f"{kind}-*.pt"))
+    files = (path.name for path in folder.glob(f"{kind}-*.pt") if os.path.isfile(path))
+    matches = (re.fullmatch(rf"{kind}-(0|[1-9]\d*)\.pt", name, re.ASCII) for name in files)
     return sorted(int(match[1]) for match in matches if match)
 
 
@@ -51,8 +58,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
         write: called with the open temporary file.
 
     Raises:
-        UserError: the folder cannot be written to, or the disk is full. The old file is intact.
+        UserError: the folder cannot be written to, the disk is full, or `path` is a device, a pipe or a folder. An old file is
+            intact.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"cannot write {path}: it is not a regular file")
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +71,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        if os.name == "posix":  # Windows cannot open folders
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)  # so that the new name survives a power cut
+            os.close(folder)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
@@ -69,30 +82,57 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             temporary.unlink()
 
 
-def sync_folder(folder: Path) -> None:
-    """Write the folder itself to the disk, so that a renamed file keeps its new name after a power cut."""
-    if os.name == "posix":  # Windows cannot open folders
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def save(path: Path, contents: dict) -> None:
-    """Write a checkpoint whole or not at all.
+    """Write a checkpoint whole or not at all; as a .safetensors file, its averaged weights with step, name and config alone.
 
     Raises:
         UserError: the folder cannot be written to, or the disk is full.
     """
 
     def write(file: BinaryIO) -> None:
+        if path.suffix == ".safetensors":
+            file.write(to_safetensors(contents))
+            return
         try:
             torch.save(contents, file)
         except RuntimeError as error:  # raised by torch.save in place of the error of the file
             raise error.__context__ if isinstance(error.__context__, OSError) else OSError("the disk may be full") from None
 
     write_atomically(path, write)
+
+
+def to_safetensors(contents: dict) -> bytes:
+    """Return the averaged weights of a checkpoint as a safetensors file with step, name and config (JSON) as metadata."""
+    config = {section: dict(entries) for section, entries in contents["config"].items()}
+    for entries in config.values():
+        entries |= {key: "inf" for key, value in entries.items() if value == math.inf}  # JSON has no infinity
+    metadata = {"step": str(contents["step"]), "name": contents["name"], "config": json.dumps(config, allow_nan=False)}
+    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in contents["ema"].items()}, metadata)
+
+
+def from_safetensors(data: bytes) -> dict:
+    """Return the contents of the checkpoint in a safetensors file."""
+    ema = safetensors.torch.load(data)  # which checks the header
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    parse = {"step": int, "name": str, "config": json.loads}
+    return {"ema": ema} | {key: parse[key](text) for key, text in metadata.items() if key in parse}
+
+
+def from_archive(data: bytes) -> object:
+    """Return what `torch.save` has written to a zip archive."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if archive.testzip() is not None:  # torch.load does not compare the checksums
+            raise ValueError("damaged")
+    return plain_copy(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), {})
+
+
+def plain_copy(value: object, copies: dict[int, dict]) -> object:
+    """Return nested dicts and tensors without the attributes that a file can give them, which could hide their methods."""
+    if isinstance(value, torch.Tensor):
+        return torch.Tensor.detach(value)
+    if isinstance(value, dict) and id(value) not in copies:
+        copies[id(value)] = {key: plain_copy(entry, copies) for key, entry in dict.items(value)}
+    return copies.get(id(value), value)
 
 
 def load(path: str | Path) -> dict:
@@ -104,23 +144,27 @@ def load(path: str | Path) -> dict:
     path = Path(path)
     check_exists(path)
     try:
-        if not zipfile.is_zipfile(path):
-            return published.read_pickle(path)
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:  # torch.load does not compare the checksums
-                raise ValueError("damaged")
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        data = path.read_bytes()  # once, as the file may be replaced meanwhile
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch warns about odd tensors and formats
+            if path.suffix == ".safetensors":
+                contents = from_safetensors(data)
+            elif data.startswith(b"PK\x03\x04"):
+                contents = from_archive(data)
+            else:
+                return published.read_pickle(data, path)
+            if "model_state_dict" in contents:
+                return published.read_lesson(contents, path)
+            check_contents(contents)
+            return contents
     except UserError:
         raise
-    except PermissionError as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
-    except Exception as error:  # a damaged archive can make its readers raise anything
-        refused = published.refused_name(error) if isinstance(error, pickle.UnpicklingError) else None
-        raise (published.refusal(path, refused) if refused else published.damaged(path)) from None
-    if isinstance(contents, dict) and "model_state_dict" in contents:
-        return published.read_lesson(contents, path)
-    check_contents(contents, path)
-    return contents
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from None
+    except Exception as error:  # a damaged file can make its readers raise anything
+        name = re.search(r"\b(?:GLOBAL|function|class|type) (\S+)", str(error)) if isinstance(error, UnpicklingError) else None
+        refused = f"{path} is refused: it asks for {name and name[1]}, which is not data and could run code"
+        raise UserError(refused if name else f"{path} is damaged, or not a checkpoint of this project") from None
 
 
 def check_exists(path: str | Path) -> None:
@@ -130,29 +174,18 @@ def check_exists(path: str | Path) -> None:
         raise UserError(f"there is no checkpoint {path}" + (f"; beside it are {beside}" if beside else ""))
 
 
-def check_contents(contents: object, path: Path) -> None:
-    """Raise `UserError` unless `contents` are those of a checkpoint of ours."""
-
-    def refuse(why: str):
-        raise UserError(f"{path} is not a checkpoint of this project: {why}")
-
-    if not isinstance(contents, dict) or not {"config", "name", "step", "ema"} <= contents.keys():
-        refuse("it lacks config, name, step or ema")
-    step, config, losses = contents["step"], contents["config"], contents.get("losses", torch.zeros(0, 1 + NUM_BANDS))
-    if type(step) is not int or step < 0:
-        refuse(f"its step is {brief(step)}")
-    if not isinstance(config, dict) or not all(isinstance(entries, dict) for entries in config.values()):
-        refuse("its config is not a table of sections")
-    for key in {"ema", "net"} & contents.keys():
-        if not is_weights(contents[key]):
-            refuse(f"its {key} is not a table of tensors")
-    averages = contents.get("power_ema", {})
-    if not isinstance(averages, dict) or averages.keys() not in (set(), {*WIDTHS}):
-        refuse(f"its power_ema is not a table of averages of the widths {WIDTHS}")
-    if not all(map(is_weights, averages.values())):
-        refuse("its power_ema does not hold tables of tensors")
-    if not is_plain(losses) or losses.ndim != 2 or losses.shape[1] != 1 + NUM_BANDS or len(losses) > step:
-        refuse(f"its losses are not {1 + NUM_BANDS} numbers for each step")
+def check_contents(contents: dict) -> None:
+    """Raise any error unless `contents` are those of a checkpoint of ours."""
+    step, averages = contents["step"], contents.get("power_ema", {})
+    losses = contents.get("losses", torch.zeros(0, 1 + NUM_BANDS))
+    if not (
+        (type(step) is int and step in range(2**53) and isinstance(contents["name"], str))
+        and all(isinstance(entries, dict) for entries in contents["config"].values())
+        and all(map(is_weights, (contents["ema"], contents.get("net", {}), *averages.values())))
+        and averages.keys() in (set(), {*WIDTHS})
+        and (is_plain(losses) and losses.ndim == 2 and losses.shape[1] == 1 + NUM_BANDS and len(losses) <= step)
+    ):
+        raise ValueError("not a checkpoint")
 
 
 def read_config(contents: dict, path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -174,11 +207,12 @@ def read_config(contents: dict, path: str | Path, overrides: Iterable[str] = ())
 
 
 def halved(weights: dict) -> dict:
-    """Return weights with matrices in half precision.
+    """Return weights with matrices in half precision, unless a number is too large for it.
 
     What is small stays exact: biases, norms, and the frequencies of NCSN++, which half precision would change.
     """
-    return {name: tensor.half() if tensor.ndim > 1 else tensor for name, tensor in weights.items()}
+    halves = {name: tensor.half() for name, tensor in weights.items() if tensor.ndim > 1}
+    return weights | {name: half for name, half in halves.items() if half.isfinite().all()}
 
 
 def is_weights(value: object) -> bool:
@@ -187,15 +221,17 @@ def is_weights(value: object) -> bool:
 
 
 def check_weights(module: torch.nn.Module, weights: dict, path: str | Path) -> None:
-    """Raise a `UserError` that names the first difference if `weights` belong to another architecture than the module's."""
+    """Raise a `UserError` that names the first weight that is not finite, or not of the module's architecture."""
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()} if is_weights(weights) else {}
-    for name in sorted(expected.keys() | found.keys(), key=list(expected | found).index):
+    for name in expected | found:
         if expected.get(name) != found.get(name):
             raise UserError(
                 f"the weights in {path} are of another network than the config's: "
                 f"{name:.60} is {found.get(name, 'missing')} there and {expected.get(name, 'missing')} here"
             )
+        if not weights[name].isfinite().all():
+            raise UserError(f"the weights in {path} are not finite numbers: {name:.60} holds nan or infinity")
 
 
 def load_weights(module: torch.nn.Module, weights: dict, path: str | Path) -> None:

@@ -14,7 +14,7 @@ from edm.precond import PreconditionedDenoiser
 from lab.bits import bound_bits, ode_bits, ode_levels
 from lab.build import build_sampler, known_chain
 from lab.checkpoint import write_atomically
-from lab.cli import Parser, UserError, run_script, whole_number
+from lab.cli import Parser, UserError, one_line, run_script, whole_number
 from lab.config import Config, with_overrides
 from lab.data import HAVE_TEST_SETS
 from lab.device import autocast_dtype, explain_device_errors
@@ -80,6 +80,7 @@ def main() -> None:
             if chain:
                 bits["bound"] = bound_bits(denoiser, config, chain, *where)
         if args.json and world.is_first:
+            results = json.loads(json.dumps(results), parse_constant=lambda name: None)  # JSON has neither nan nor inf
             write_atomically(args.json, lambda file: file.write(json.dumps(results, indent=1).encode()))
 
 
@@ -261,7 +262,7 @@ def sweep(
         try:
             evaluations, distance = measure(*overrides, f"sampler.sampling_steps={steps}")
         except UserError as error:
-            print(f"{name} at {steps} steps is left out: {error}")
+            print(f"{name} at {steps} steps is left out: {one_line(str(error))}")
             return []
         if comparison:
             print(f"{name + f', {steps} steps':<30} {evaluations:5.0f} evaluations: {distance:8.1f}", flush=True)

@@ -27,7 +27,7 @@ LARGE = 1024  # numbers in a tensor of weights; smaller ones (biases, norms, fre
 def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="a diffusion-*.pt file, or a network of the authors")
+    add("--checkpoint", type=Path, required=True, help="a .pt or .safetensors file, or one of the authors'")
     add("--config_path", type=Path, help="the YAML config (default: the one that the checkpoint carries)")
     add("--output", type=Path, required=True, help="the .onnx file to write")
     args = parser.parse_args()

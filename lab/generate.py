@@ -27,7 +27,7 @@ NO_GUIDANCE = ["sampler.guidance=1", "sampler.guide=null"]  # overrides
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of every command that takes a checkpoint."""
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a diffusion-*.pt file, or a network of the authors")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a .pt or .safetensors file, or one of the authors'")
     parser.add_argument("--config_path", type=Path, help="the YAML config (default: the one that the checkpoint carries)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that this machine has)")
     parser.add_argument(
@@ -228,7 +228,7 @@ def export(source: Path, target: Path, config_path: Path | None, overrides: list
 
     Args:
         source, config_path, overrides: as in `load_denoiser`.
-        target: the file to write.
+        target: the file to write: safetensors for a name that ends in .safetensors, else in the format of checkpoints.
 
     Raises:
         UserError: the source cannot be read, its weights do not fit its config, or the target cannot be written.

@@ -120,7 +120,7 @@ class Learner:
         try:
             moments = {i: like_parameter(state["optimizer"][i], p) for i, p in enumerate(self.net.parameters())}
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-            if not all(isinstance(value, int | float) for value in state["scaler"].values()):
+            if not all(isinstance(value, int | float) and math.isfinite(value) for value in state["scaler"].values()):
                 raise ValueError
             if state["scaler"] and self.scales_loss:  # it is empty unless the run was in fp16
                 self.scaler.load_state_dict(state["scaler"])
@@ -129,7 +129,7 @@ class Learner:
                 if not all(is_plain(learned[key]) and learned[key].shape == own[key].shape for key in own):
                     raise ValueError
                 self.noise_distribution.load_state_dict(learned)
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        except Exception:  # odd values can make PyTorch raise anything
             raise UserError(f"the state of the optimizer in {path} is damaged, or belongs to another network") from None
 
 

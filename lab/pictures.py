@@ -58,8 +58,8 @@ def check_writable(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"cannot write {path}: it is a folder, or in a folder without permission to write")
+    if (os.path.exists(path) and not os.path.isfile(path)) or not os.access(path.parent, os.W_OK):
+        raise UserError(f"cannot write {path}: it is not a regular file, or in a folder without permission to write")
 
 
 def grid(images: torch.Tensor, columns: int | None = None) -> torch.Tensor:

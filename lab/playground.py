@@ -62,7 +62,7 @@ class Problem(NamedTuple):
 def problem(data: str) -> Problem:
     """Return the problem of this name in `DATA`."""
     if data == DIGITS:
-        path = Path(__file__).parents[1] / "assets" / "edm_small.pt"
+        path = Path(__file__).parents[1] / "assets" / "edm_small.safetensors"
         config, denoiser, _ = load_denoiser(path, None, [], torch.device("cpu"))
         shape = (config.data.channels, config.data.resolution, config.data.resolution)
         return Problem(denoiser.float(), config, shape, 10, 100)

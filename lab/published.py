@@ -8,7 +8,6 @@ import io
 import math
 import pickle
 import re
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,32 +26,14 @@ CLASSES = {
 TAPS = {"ddpmpp": 2, "ncsnpp": 4, "adm": 2}  # of the filters that resample
 
 
-def refusal(path: Path, name: str) -> UserError:
-    """Return the error about a file that names something that could run code."""
-    return UserError(f"{path} is refused: it asks for {name}, which is not data and could run code")
-
-
-def damaged(path: Path) -> UserError:
-    """Return the error about a file that cannot be read."""
-    return UserError(f"{path} is damaged, or not a checkpoint of this project")
-
-
-def read_pickle(path: Path) -> dict:
+def read_pickle(data: bytes, path: Path) -> dict:
     """Read a network published with the paper; returns `step`, `name`, `config` and `ema`, as in a checkpoint of ours.
 
     Raises:
-        UserError: the file asks for more than data, is damaged, or holds something else.
+        UserError: the network is of a kind that is not known here.
+        pickle.UnpicklingError: the file asks for more than data, "GLOBAL module.name".
     """
-    try:
-        with open(path, "rb") as file:
-            contents = Unpickler(file).load()
-        return from_record(contents["ema"], path)
-    except Refused as error:
-        raise refusal(path, str(error)) from None
-    except (UserError, PermissionError):
-        raise
-    except Exception:  # a damaged pickle can make its reader raise anything
-        raise damaged(path) from None
+    return from_record(Unpickler(io.BytesIO(data), KNOWN).load()["ema"], path)
 
 
 def read_lesson(contents: dict, path: Path) -> dict:
@@ -63,35 +44,29 @@ def read_lesson(contents: dict, path: Path) -> dict:
         path: the file, for error messages.
 
     Raises:
-        UserError: the weights are not tensors, or there are none.
+        UserError: it holds no weights of such names.
     """
-    prefix, weights, step = "_score_network.", contents["model_state_dict"], contents.get("step", 0)
-    if not isinstance(weights, dict):
-        raise UserError(f"{path}: its model_state_dict is not a table of tensors")
-    weights = {str(name).removeprefix(prefix): tensor for name, tensor in weights.items() if str(name).startswith(prefix)}
-    ema = network_weights(weights, path)
+    prefix, step = "_score_network.", contents.get("step", 0)
+    weights = contents["model_state_dict"].items()
+    ema = network_weights({name.removeprefix(prefix): tensor for name, tensor in weights if name.startswith(prefix)})
     if not ema:
         raise UserError(f"{path}: no name in its model_state_dict begins with {prefix}model.")
-    return {"step": step if isinstance(step, int) and step >= 0 else 0, "name": path.stem, "ema": ema}
+    return {"step": step if type(step) is int and step in range(2**53) else 0, "name": path.stem, "ema": ema}
 
 
-def network_weights(weights: dict, path: Path) -> dict[str, torch.Tensor]:
-    """Return the weights of the network, without the constant filters that our modules do not store.
-
-    Raises:
-        UserError: they are not all floating-point tensors.
-    """
-    if not all(is_plain(tensor) for tensor in weights.values()):
-        raise UserError(f"{path}: its weights are not a table of tensors of floating-point numbers")
+def network_weights(weights: dict) -> dict[str, torch.Tensor]:
+    """Return the weights of the network, without the constant filters that our modules do not store."""
+    if not all(map(is_plain, weights.values())):
+        raise ValueError("not a table of tensors of floating-point numbers")
     return {name: tensor for name, tensor in weights.items() if name.startswith("model.") and "resample_filter" not in name}
 
 
 def is_plain(tensor: object) -> bool:
-    """Return whether a value is a floating-point tensor whose numbers are all in memory (not sparse, meta or expanded)."""
+    """Return whether a value is a tensor of usual floating-point numbers, all in memory (not sparse, meta or expanded)."""
     return (
         isinstance(tensor, torch.Tensor)
-        and tensor.layout == torch.strided
-        and tensor.is_floating_point()
+        and (tensor.layout == torch.strided and not tensor.is_nested)
+        and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         and tensor.device.type == "cpu"
         and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
     )
@@ -112,22 +87,14 @@ def from_record(network: "Record", path: Path) -> dict:
     formulation, constants = CLASSES[name.lower()]
     for key, known in constants.items():
         if not math.isclose(state.get(key, known), known, rel_tol=1e-6):
-            raise UserError(f"{path}: its {key} is {state[key]}, and only {known} is known here")
+            raise UserError(f"{path}: its {key} is {brief(state[key])}, and only {known} is known here")
     tensors = dict(tensors_of(network, "", set()))
-    weights = network_weights(tensors, path)
-    try:
-        data, options = data_and_network(weights)
-    except (KeyError, IndexError, ValueError, ZeroDivisionError):
-        raise UserError(f"{path}: its network is none of {', '.join(TAPS)}") from None
-    architecture = options["architecture"]
-    taps = TAPS[architecture]
+    weights = network_weights(tensors)
+    data, options = data_and_network(weights)
+    taps = TAPS[options["architecture"]]
     if any(tensor.numel() != taps**2 for name, tensor in tensors.items() if name.endswith("resample_filter")):
-        raise UserError(f"{path}: its resampling filter does not have the {taps} taps of {architecture}")
+        raise UserError(f"{path}: its resampling filter does not have the {taps} taps of {options['architecture']}")
     said = {**state.get("_init_kwargs", {}), **state["_modules"]["model"].state.get("_init_kwargs", {})}
-    for key in ("model_channels", "channel_mult", "num_blocks"):
-        value = said.get(key, options[key])
-        if (list(value) if isinstance(value, tuple) else value) != options[key]:
-            raise UserError(f"{path}: it says {key} {brief(value)}, but its weights have {options[key]}")
     options["dropout"] = float(said.get("dropout", 0.1))
     preconditioning = {"formulation": formulation, "sigma_data": float(state.get("sigma_data", 0.5))}
     config = {"data": data, "network": options, "preconditioning": preconditioning}
@@ -135,13 +102,9 @@ def from_record(network: "Record", path: Path) -> dict:
 
 
 def tensors_of(record: "Record", prefix: str, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the parameters of a module's record and its submodules with their full names, and the buffers that matter.
-
-    Raises:
-        ValueError: a module stands in two places, so that the walk could take for ever.
-    """
+    """Yield the parameters of a module's record and its submodules with their full names, and the buffers that matter."""
     if id(record) in seen:
-        raise ValueError("a module stands in two places")
+        raise ValueError("a module stands in two places, so that the walk could take for ever")
     seen.add(id(record))
     for kind in ("_parameters", "_buffers"):
         for name, tensor in record.state.get(kind, {}).items():
@@ -153,8 +116,8 @@ def tensors_of(record: "Record", prefix: str, seen: set[int]) -> Iterator[tuple[
 
 def data_and_network(weights: dict[str, torch.Tensor]) -> tuple[dict, dict]:
     """Return the config sections `data` and `network` that weights belong to, from their names and shapes."""
-    blocks = [re.fullmatch(r"model\.enc\.(\d+)x\1_block(\d+)\.conv0\.weight", name) for name in weights]
-    blocks = [(int(match[1]), int(match[2])) for match in blocks if match]
+    matches = [re.fullmatch(r"model\.enc\.(\d+)x\1_block(\d+)\.conv0\.weight", name) for name in weights]
+    blocks = [(int(match[1]), int(match[2])) for match in matches if match]
     resolutions = sorted({res for res, _ in blocks}, reverse=True)
     top = resolutions[0]
 
@@ -182,97 +145,97 @@ def data_and_network(weights: dict[str, torch.Tensor]) -> tuple[dict, dict]:
 # Reading pickles as data
 
 
-class Refused(pickle.UnpicklingError):
-    """The error of an unpickler about a name that is not data."""
-
-
 class Record:
-    """Holds the class name, if the file tells it, and the state of an object that is not created."""
+    """Holds the state of an object that is not created, and the class name if it is in the wrapper of the published files.
 
-    def __init__(self, class_name: str = ""):
-        self.class_name = class_name
-        self.state = {}
+    The source code in the wrapper (`module_src`) is not looked at.
+    """
 
+    class_name = ""
 
-def persistent_object(meta: dict) -> Record:
-    """Return the record of an object in the wrapper of the published files; its source code (`module_src`) is not looked at."""
-    record = Record(meta["class_name"])
-    record.state = meta["state"]
-    return record
+    def __init__(self, meta: dict):
+        self.class_name, self.state = meta["class_name"], meta["state"]
 
 
 def storage_from_bytes(data: bytes) -> torch.Tensor:
-    """Return the memory of a tensor, which the file holds in PyTorch's own old format, as a tensor of one dimension."""
-    try:
-        storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        name = refused_name(error)
-        raise (Refused(name) if name else ValueError("damaged")) from None
-    return torch.tensor([], dtype=storage.dtype).set_(storage)
+    """Return the memory of a tensor, which the file holds in PyTorch's own old format, as a tensor of one dimension.
 
-
-def tensor_from_storage(storage: torch.Tensor, offset: int, size: tuple, stride: tuple, *ignored: object) -> torch.Tensor:
-    """Return a view of the storage; PyTorch raises RuntimeError if it reaches beyond the end."""
-    return storage.as_strided(size, stride, offset)
+    The format is five pickles (magic number, version, machine, storage, keys), the number of elements in 8 bytes, the elements.
+    """
+    header = io.BytesIO(data[:1024])
+    unpickler = Unpickler(header, STORAGES)
+    magic, _, machine, (_, dtype, _, _, count, _), _ = (unpickler.load() for _ in range(5))
+    storage = torch.frombuffer(data, dtype=dtype, offset=header.tell() + 8)
+    if magic != 0x1950A86A20F9469CFC6C or not machine["little_endian"] or len(storage) != count:
+        raise ValueError("damaged")
+    return storage
 
 
 def numpy_dtype(name: str, *ignored: object) -> numpy.dtype:
     """Return the NumPy type of a plain number."""
     if not re.fullmatch("b1|[iu][1248]|f[248]", name):
-        raise Refused(f"numpy.dtype({name!r})")
+        raise pickle.UnpicklingError(f"GLOBAL numpy.dtype({name!r})")
     return numpy.dtype(f"<{name}")
 
 
-def numpy_scalar(dtype: numpy.dtype, data: bytes) -> float | int | bool:
-    """Convert a NumPy scalar to a Python number."""
-    return numpy.frombuffer(data, dtype).item()
-
-
+STORAGES = {
+    f"torch.{kind}Storage": getattr(torch, kind.lower())
+    for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Bool")
+}
 KNOWN = {
-    "torch_utils.persistence._reconstruct_persistent_obj": persistent_object,
+    "torch_utils.persistence._reconstruct_persistent_obj": Record,
     "torch.nn.modules.container.ModuleDict": Record,
     "torch.storage._load_from_bytes": storage_from_bytes,
-    "torch._utils._rebuild_tensor_v2": tensor_from_storage,
+    "torch._utils._rebuild_tensor_v2": lambda storage, offset, size, stride, *ignored: storage.as_strided(size, stride, offset),
     "torch._utils._rebuild_parameter": lambda data, requires_grad, hooks: data,
-    "collections.OrderedDict": OrderedDict,
-    "builtins.set": set,
-    "builtins.object": object,
-    "copyreg._reconstructor": lambda cls, base, state: cls(),  # objects in protocols 0 and 1
-    "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # bytes in protocols 0 to 2
+    "collections.OrderedDict": lambda: {},
+    "builtins.set": lambda *elements: [],  # no set is looked at
     "numpy.dtype": numpy_dtype,
-    "numpy.core.multiarray.scalar": numpy_scalar,
-    "numpy._core.multiarray.scalar": numpy_scalar,
+    "numpy.core.multiarray.scalar": lambda dtype, data: numpy.frombuffer(data, dtype).item(),
 }
-OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # the names of Python 2, which protocols 0 to 2 use
+KNOWN["numpy._core.multiarray.scalar"] = KNOWN["numpy.core.multiarray.scalar"]  # its name since NumPy 2
+OPCODES = """PROTO FRAME STOP MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT BININT1 BININT2
+LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE
+EMPTY_LIST APPEND APPENDS EMPTY_DICT GLOBAL STACK_GLOBAL REDUCE NEWOBJ BINPERSID"""
 
 
 class Unpickler(pickle._Unpickler):
-    """An unpickler of data alone. It is Python's own unpickler written in Python; the one in C would let a file set the state
-    of any object, of the functions above too."""
+    """An unpickler of data alone, in protocols 3 and later. It is Python's own unpickler written in Python; the one in C would
+    let a file set the state of any object, of the functions above too. Sets become lists.
 
-    dispatch = dict(pickle._Unpickler.dispatch)  # noqa: RUF012
+    Args:
+        file: the pickle.
+        known: {name in the file: what stands for it}.
+    """
+
+    codes = [getattr(pickle, name)[0] for name in OPCODES.split()]  # noqa: RUF012
+    dispatch = dict(zip(codes, map(pickle._Unpickler.dispatch.get, codes)))  # noqa: RUF012
+    dispatch[pickle.EMPTY_SET[0]] = dispatch[pickle.EMPTY_LIST[0]]
+    dispatch[pickle.ADDITEMS[0]] = dispatch[pickle.APPENDS[0]]
+    dispatch[pickle.SETITEM[0]] = lambda self: self.set_items([self.stack.pop(-2), self.stack.pop()])
+    dispatch[pickle.SETITEMS[0]] = lambda self: self.set_items(self.pop_mark())
+    dispatch[pickle.BUILD[0]] = lambda self: self.set_state(self.stack.pop(), self.stack[-1])
+    persistent_load = staticmethod(lambda description: description)  # of a storage
+
+    def __init__(self, file: io.BytesIO, known: dict[str, object]):
+        super().__init__(file)
+        self.known = known
 
     def find_class(self, module: str, name: str):
-        """Return what stands for a name in the file; raises `Refused` for a name that is not known."""
-        known = f"{OLD_MODULES.get(module, module)}.{name}"
-        if known not in KNOWN:
-            raise Refused(f"{module}.{name}")
-        return KNOWN[known]
+        """Return what stands for a name in the file; raises `pickle.UnpicklingError` for a name that is not known."""
+        if f"{module}.{name}" not in self.known:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return self.known[f"{module}.{name}"]
 
-    def load_build(self) -> None:
+    def set_items(self, items: list) -> None:
+        """Set entries of a dict. Their keys are text, as hashing a nest of tuples can last for ever."""
+        if type(self.stack[-1]) is not dict or not all(isinstance(key, str) for key in items[::2]):
+            raise ValueError("an entry that is not one of a dict, or has a key that is not text")
+        self.stack[-1].update(zip(items[::2], items[1::2]))
+
+    def set_state(self, state: object, target: object) -> None:
         """Set the state of a record, and leave dicts and NumPy types (whose state is their byte order) as they are."""
-        state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, Record):
             target.state = state
-        elif isinstance(target, numpy.dtype) and state[1] == ">":
-            raise ValueError("the number of a big-endian machine")
-        elif not isinstance(target, OrderedDict | numpy.dtype):
-            raise Refused(f"the state of a {type(target).__name__}")
-
-    dispatch[pickle.BUILD[0]] = load_build
-
-
-def refused_name(error: pickle.UnpicklingError) -> str | None:
-    """Return what PyTorch's own unpickler refused, from its message, or None if the file is merely damaged."""
-    match = re.search(r"(?:GLOBAL|function|class|type) (\S+)", str(error))
-    return match[1] if match else None
+        elif not isinstance(target, dict | numpy.dtype) or (isinstance(target, numpy.dtype) and state[1] == ">"):
+            raise ValueError("a state that is not known, or the number of a big-endian machine")

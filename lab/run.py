@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lab import checkpoint, pictures
 from lab.checkpoint import NOISE_BANDS, checkpoint_path, saved_steps
-from lab.cli import UserError, brief
+from lab.cli import UserError, brief, one_line
 from lab.config import Config, Network
 from lab.distributed import World
 from lab.learner import Learner
@@ -183,7 +183,7 @@ class Run:
             except UserError as error:
                 if not latest:
                     raise
-                print(f"{error}; trying the one before it")
+                print(f"{one_line(str(error))}; trying the one before it")
                 continue
             if breaking:
                 raise UserError(f"no run can go on from {path} with another {', '.join(breaking)}")

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, damage is recognised, and no code in them runs."""
 
+import math
 import os
 import random
 import zipfile
@@ -13,6 +14,7 @@ from lab import config as configs
 from lab.build import MAX_PARAMETERS, build_network
 from lab.checkpoint import NUM_BANDS, write_atomically
 from lab.cli import UserError
+from lab.pictures import check_writable
 
 CONTENTS = {
     "step": 3,
@@ -34,10 +36,32 @@ def test_round_trip(path, same):
     assert same(contents, CONTENTS)
     assert not same(contents, {**CONTENTS, "ema": {**CONTENTS["ema"], "bias": torch.zeros(7, dtype=torch.float16)}})
     assert checkpoint.read_config(contents, path) == configs.from_dict(CONTENTS["config"], "x", "x")
+    state = nn.Linear(1, 1).state_dict()
+    torch.save({**CONTENTS, "ema": state}, other := path.with_name("x.pt"))
+    assert hasattr(state, "_metadata") and not hasattr(checkpoint.load(other)["ema"], "_metadata")
+    other.unlink()
     assert [file.name for file in path.parent.iterdir()] == ["diffusion-3.pt"]
     with zipfile.ZipFile(path, "a") as archive:
         archive.comment = b"sha256 " + b"0" * 64  # in which earlier versions wrote a checksum of the file
     assert same(checkpoint.load(path), CONTENTS)
+
+
+def test_safetensors_hold_the_average_and_its_config(path, same):
+    shared = path.with_name("x.safetensors")
+    contents = {**CONTENTS, "config": {"network": {"channel_mult": [1, 2]}, "sampler": {"S_max": math.inf}}}
+    contents["ema"]["matrix"] = torch.arange(6.0).view(2, 3).T
+    checkpoint.save(shared, contents)
+    loaded = checkpoint.load(shared)
+    assert same(loaded["ema"], contents["ema"])
+    assert loaded.keys() == {"step", "name", "config", "ema"}
+    assert checkpoint.read_config(loaded, shared) == checkpoint.read_config(contents, path)
+
+
+def test_a_stray_name_or_folder_is_no_checkpoint(path):
+    path.with_name("diffusion-007.pt").write_bytes(path.read_bytes())
+    path.with_name("diffusion-5.pt").mkdir()
+    path.with_name("diffusion-6.pt").symlink_to("nowhere")
+    assert checkpoint.saved_steps(path.parent) == [3]
 
 
 def test_damage_to_any_byte_is_recognised_or_changes_nothing(path, same):
@@ -62,7 +86,7 @@ def test_damage_to_any_byte_is_recognised_or_changes_nothing(path, same):
 
 
 WRONG = {
-    "step": [-1, "2", None, 2.0, True, [2]],
+    "step": [-1, "2", None, 2.0, True, [2], 2**53],
     "config": [None, [], {"data": 3}],
     "ema": [None, [], {"x": 3}, {3: torch.zeros(1)}, {"x": torch.zeros(1).long()}, {"x": torch.zeros(3).to_sparse()}],
     "net": [None, {"x": torch.zeros(3, device="meta")}, {"x": torch.zeros(3, dtype=torch.complex64)}],
@@ -70,17 +94,16 @@ WRONG = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 @pytest.mark.parametrize(("key", "values"), WRONG.items(), ids=WRONG)
 def test_contents_of_a_wrong_kind_are_recognised(path, key, values):
     for value in values:
         torch.save({**CONTENTS, key: value}, path)
-        with pytest.raises(UserError, match=rf"is not a checkpoint of this project: its {key} "):
+        with pytest.raises(UserError, match="is damaged, or not a checkpoint of this project"):
             checkpoint.load(path)
     needed = key if key in ("step", "config", "ema") else "name"
     for other in ({name: value for name, value in CONTENTS.items() if name != needed}, [1, 2], torch.zeros(3)):
         torch.save(other, path)
-        with pytest.raises(UserError, match="is not a checkpoint of this project: it lacks"):
+        with pytest.raises(UserError, match="is damaged, or not a checkpoint of this project"):
             checkpoint.load(path)
 
 
@@ -120,6 +143,18 @@ def test_a_write_that_fails_leaves_the_old_file(path, failure):
         write_atomically(path / "x.pt", write)  # in a folder that is a file
 
 
+def test_only_regular_files_are_replaced(path):
+    os.mkfifo(path.with_name("pipe"))
+    path.with_name("link").symlink_to(os.devnull)
+    for name in ("pipe", "link", "."):
+        target = path.parent / name
+        with pytest.raises(UserError, match=r"^cannot write .*: it is not a regular file"):
+            write_atomically(target, lambda file: file.write(b"all of it"))
+        with pytest.raises(UserError, match=r"^cannot write .*: it is not a regular file"):
+            check_writable(target)
+        assert not target.is_file()
+
+
 def test_a_file_is_on_the_disk_before_it_has_its_name(path, monkeypatch):
     order, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: (order.append("fsync"), fsync(file)))
@@ -136,6 +171,7 @@ def test_weights_of_another_network_are_refused_by_name():
         ({"weight": net.weight}, "bias is missing there"),
         (None, "of another network"),
         ({"weight": 3}, "of another network"),
+        ({"weight": torch.full((3, 2), torch.nan), "bias": net.bias}, r"x\.pt are not finite numbers: weight holds nan"),
     ):
         with pytest.raises(UserError, match=message):
             checkpoint.load_weights(net, weights, "x.pt")
@@ -160,10 +196,15 @@ def test_a_network_is_checked_before_it_takes_memory(monkeypatch):
 
 
 def test_the_published_examples_load(root):
-    paths = sorted((root / "assets").glob("*.pt"))
-    assert [path.name for path in paths] == ["edm_small.pt", "iddpm_small.pt"]
+    paths = sorted((root / "assets").glob("*.safetensors"))
+    assert [path.name for path in paths] == ["edm_small.safetensors", "iddpm_small.safetensors"]
     for path in paths:
         contents = checkpoint.load(path)
         config = checkpoint.read_config(contents, path)
         assert (config.name, config.training.num_training_steps) == (path.stem, contents["step"])
         build_network(config, contents["ema"], path)
+
+
+def test_a_number_too_large_for_half_precision_stays():
+    weights = {"small": torch.ones(2, 2), "large": torch.full((2, 2), 1e5), "bias": torch.ones(2)}
+    assert [tensor.dtype for tensor in checkpoint.halved(weights).values()] == [torch.float16, torch.float32, torch.float32]

@@ -19,7 +19,7 @@ SCRIPTS = [
 ]
 FOLDERS = "assets|benchmarks|configs|docs|edm|lab|notebooks|playground|tests"
 FILES = [*ROOT.glob("*"), *(path for folder in FOLDERS.split("|") for path in ROOT.glob(f"{folder}/**/*"))]
-SUFFIXES = ("gif", "js", "json", "jsonl", "md", "onnx", "png", "pt", "py", "yaml")
+SUFFIXES = ("gif", "js", "json", "jsonl", "md", "onnx", "png", "pt", "py", "safetensors", "yaml")
 
 
 @pytest.fixture(params=[ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=lambda path: path.name)

@@ -151,7 +151,7 @@ REFUSED = {
     "--config_path grey/tiny.yaml": "which cannot be changed",
     "sampler.sampling_steps=31": "sampler: the chain has 30 timesteps, too few for 31 steps",
     "--json grey/tiny.yaml/x.json": "cannot write grey/tiny.yaml/x.json",
-    "--json output": "cannot write output: it is a folder",
+    "--json output": "cannot write output: it is not a regular file",
 }
 
 
@@ -264,3 +264,10 @@ def test_a_sweep_is_drawn_and_counts_the_networks_evaluations(path, run, tmp_pat
         assert found["heun"][-1][1] != found["churn"][-1][1]
         assert figures["sweep"]["floor"] > 0
     assert (tmp_path / "output/image/image_folder/evaluate/tiny/sweep.png").stat().st_size > 10_000
+
+
+def test_figures_that_are_not_finite_are_null(path, run, monkeypatch):
+    """JSON has no nan."""
+    monkeypatch.setattr("lab.metrics.frechet_distance", lambda *args: math.nan)
+    _, figures = run(path, "--num_samples", 8, "--num_images", 0)
+    assert figures["samples"]["frechet_distance"] is None

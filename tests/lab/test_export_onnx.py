@@ -77,7 +77,7 @@ def test_networks(architecture, formulation, classes, sigmas):
 
 def test_the_page_has_the_network_of_the_assets(root):
     data = (root / "playground" / "edm_small.onnx").read_bytes()
-    config, denoiser, _ = load_denoiser(root / "assets" / "edm_small.pt", None, [], torch.device("cpu"))
+    config, denoiser, _ = load_denoiser(root / "assets" / "edm_small.safetensors", None, [], torch.device("cpu"))
     check(data, denoiser, config, [0.002, 0.02, 0.2, 2.0, 20.0, 80.0], 1e-5)
     found = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"]).get_modelmeta().custom_metadata_map
     sizes = {"resolution": "32", "channels": "1", "classes": "10"}

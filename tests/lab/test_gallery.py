@@ -157,7 +157,7 @@ def test_nearest_images_are_found_in_parts_of_the_training_images():
 
 def test_test_images_are_compared_with_the_training_images_where_there_are_any(script, root, mnist_folder):
     arguments = ("--seeds", "0-2", "--data_root", mnist_folder, "sampler.sampling_steps=2")
-    _, out, _ = script("lab/gallery.py", "neighbours", "--checkpoint", root / "assets" / "edm_small.pt", *arguments)
+    _, out, _ = script("lab/gallery.py", "neighbours", "--checkpoint", root / "assets" / "edm_small.safetensors", *arguments)
     assert " of 3 samples" in out
     assert "  0.000 of 20 test images" in out  # which are the training images in reverse
 

@@ -117,7 +117,7 @@ def engine(page, root):
 @pytest.fixture(scope="module")
 def network(root):
     """The network of the page in PyTorch; `network.evaluations` counts."""
-    _, denoiser, _ = load_denoiser(root / "assets" / "edm_small.pt", None, [], torch.device("cpu"))
+    _, denoiser, _ = load_denoiser(root / "assets" / "edm_small.safetensors", None, [], torch.device("cpu"))
     denoiser.evaluations = 0
 
     def count(*_):

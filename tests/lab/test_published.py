@@ -129,7 +129,7 @@ def check_numbers(wave, assert_close):
     return check
 
 
-@pytest.mark.parametrize(("case", "protocol"), [(case, 4) for case in CASES] + [(CASES[1], p) for p in (0, 1, 2, 3, 5)])
+@pytest.mark.parametrize(("case", "protocol"), [(case, 4) for case in CASES] + [(CASES[1], protocol) for protocol in (3, 5)])
 def test_a_file_in_the_authors_layout_gives_their_numbers_in_every_protocol(case, protocol, authors_file, check_numbers):
     check_numbers(case, authors_file(case, protocol))
 
@@ -151,12 +151,12 @@ def test_both_are_sampled_and_exported(script, authors_file, lesson, tmp_path):
     path = authors_file(CASES[1])
     assert script("sample.py", "--checkpoint", path, *few)[0] == 0
     assert {grid.parent.name for grid in folder.glob("*/grid.png")} == {"lesson", "edm-tiny-cond-vp"}
-    assert script("sample.py", "--checkpoint", path, "--export", "small.pt")[0] == 0
-    small, large = checkpoint.load(tmp_path / "small.pt"), checkpoint.load(path)
+    assert script("sample.py", "--checkpoint", path, "--export", "small.safetensors")[0] == 0
+    small, large = checkpoint.load(tmp_path / "small.safetensors"), checkpoint.load(path)
     assert small["config"]["network"]["label_dim"] == 10
     for name, tensor in large["ema"].items():
         assert torch.equal(small["ema"][name], tensor.half() if tensor.ndim > 1 else tensor)
-    assert script("sample.py", "--checkpoint", "small.pt", *few)[0] == 0
+    assert script("sample.py", "--checkpoint", "small.safetensors", *few)[0] == 0
 
 
 def test_what_a_file_says_of_itself_is_kept_or_must_be_so(authors_file):
@@ -164,7 +164,6 @@ def test_what_a_file_says_of_itself_is_kept_or_must_be_so(authors_file):
     assert contents["config"]["preconditioning"] == {"formulation": "edm", "sigma_data": 0.3}
     assert contents["config"]["network"]["dropout"] == 0.15
     for change, message in (
-        ({"_init_kwargs": {"channel_mult": [1, 4]}}, r"it says channel_mult \[1, 4\], but its weights have \[1, 2\]"),
         ({"class_name": "Generator"}, "unknown network 'Generator'"),
         ({"class_name": "VPPrecond", "beta_d": 5.0}, r"its beta_d is 5\.0, and only 19\.9 is known here"),
         ({"taps": 4}, "its resampling filter does not have the 2 taps of ddpmpp"),
@@ -178,11 +177,11 @@ def test_what_a_file_says_of_itself_is_kept_or_must_be_so(authors_file):
 def test_a_lesson_with_odd_weights_is_one_line(lesson):
     name = "_score_network.model.weight"
     for weights, message in (
-        ({name: 3}, "its weights are not a table of tensors"),
-        ({name: torch.zeros(1).expand(2**40)}, "its weights are not a table of tensors"),
-        ({name: torch.zeros(3, device="meta")}, "its weights are not a table of tensors"),
+        ({name: 3}, "is damaged"),
+        ({name: torch.zeros(1).expand(2**40)}, "is damaged"),
+        ({name: torch.zeros(3, device="meta")}, "is damaged"),
         ({"model.weight": torch.zeros(3)}, r"no name in its model_state_dict begins with _score_network\.model\."),
-        ([1], "its model_state_dict is not a table of tensors"),
+        ([1], "is damaged"),
         ({name: torch.zeros(3)}, "of another network than the config's"),
     ):
         path, config_path = lesson(CASES[0], model_state_dict=weights)
@@ -209,7 +208,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("protocol", [3, 4])
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_pickle_is_refused_by_name_and_nothing_runs(name, protocol, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -220,7 +219,7 @@ def test_a_hostile_pickle_is_refused_by_name_and_nothing_runs(name, protocol, tm
         with pytest.raises(UserError) as error:
             checkpoint.load("hostile.pkl")
         expected = f"hostile.pkl is refused: it asks for {name}, which is not data and could run code"
-        assert str(error.value).replace("__builtin__", "builtins") == expected
+        assert str(error.value) == expected
         assert not Path("bomb").exists()
 
 
@@ -230,9 +229,18 @@ def test_only_records_are_given_a_state(tmp_path):
     pickled = [f"c{name}\n}}U\x04evilK\x01sb.".encode() for name in (function, cls)]
     for data in (*pickled, pickle.dumps(torch.zeros(4))[:-1] + b"(K\x01K\x02tb."):
         (tmp_path / "x.pkl").write_bytes(data)
-        with pytest.raises(UserError, match="is refused: it asks for the state of a"):
+        with pytest.raises(UserError, match="is damaged"):
             checkpoint.load(tmp_path / "x.pkl")
     assert not any(hasattr(known, "evil") for known in published.KNOWN.values())
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_a_storage_holds_what_it_claims():
+    data = torch_saved(torch.arange(4.0).storage())
+    assert published.storage_from_bytes(data).tolist() == [0, 1, 2, 3]
+    for other in (data[:-24], data[:-16], data[:-4], data[:-1], data + bytes(4), data.replace(b"Float", b"Short")):
+        with pytest.raises((ValueError, RuntimeError)):
+            published.storage_from_bytes(other)
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")

@@ -85,14 +85,17 @@ def test_a_damaged_checkpoint_is_passed_over(train, tiny, last, same, capsys):
     assert "diffusion-6.pt is damaged" in out
     assert f"Going on from {folder / 'diffusion-3.pt'}" in out
     assert same(last(folder), good)
-    for step in (3, 6):
-        (folder / f"diffusion-{step}.pt").write_bytes(b"damaged")
+    (folder / "diffusion-3.pt").write_bytes(b"damaged")
+    (folder / "diffusion-6.pt").write_bytes(b"\x80\x04cos\n\x1b[31m\n.")  # which would colour the terminal
     with pytest.raises(UserError, match="has no whole checkpoint"):
         train(tiny, "--resume_from", "latest")
+    assert "asks for os.?[31m, which" in capsys.readouterr().out
 
 
-def test_a_new_run_may_start_with_the_weights_of_another(train, tiny, trained, last, same):
-    folder = train(tiny, LAST_STEP, 1, "training.learning_rate=1e-30", "--load_model_weights_from_checkpoint", trained)
+def test_a_new_run_may_start_with_the_weights_of_another(train, tiny, trained, last, same, tmp_path):
+    shared = tmp_path / "shared.safetensors"
+    checkpoint.save(shared, checkpoint.load(trained))
+    folder = train(tiny, LAST_STEP, 1, "training.learning_rate=1e-30", "--load_model_weights_from_checkpoint", shared)
     assert last(folder)["step"] == 1
     assert same(last(folder)["net"], checkpoint.load(trained)["ema"])
 

@@ -135,25 +135,25 @@ def test_a_network_without_classes_is_guided_and_an_export_names_its_guide(scrip
     guide = path.with_name("diffusion-3.pt").relative_to(tmp_path)
     guided = grid(path, "--guide", guide, "--guidance", 9)
     assert not near(guided, grid(path))
-    assert script("sample.py", "--checkpoint", path, "--guide", guide, "--guidance", 9, "--export", "small.pt")[0] == 0
-    assert not [name for name in checkpoint.load(tmp_path / "small.pt")["ema"] if "guide" in name]
-    assert near(grid("small.pt"), guided, levels=4)
-    assert not near(grid("small.pt", "--guide", "null", "--guidance", 1), guided, levels=4)
+    assert script("sample.py", "--checkpoint", path, "--guide", guide, "--guidance", 9, "--export", "small.safetensors")[0] == 0
+    assert not [name for name in checkpoint.load(tmp_path / "small.safetensors")["ema"] if "guide" in name]
+    assert near(grid("small.safetensors"), guided, levels=4)
+    assert not near(grid("small.safetensors", "--guide", "null", "--guidance", 1), guided, levels=4)
     (tmp_path / guide).unlink()  # the guide of a guide is not read
-    assert near(grid(path, "--guide", "small.pt", "--guidance", 0), grid(path), levels=2)
+    assert near(grid(path, "--guide", "small.safetensors", "--guidance", 0), grid(path), levels=2)
 
 
 def test_exported_weights_give_the_same_images(script, grid, trained, tmp_path):
-    assert script("sample.py", "--checkpoint", trained, "--export", "small.pt")[0] == 0
-    assert (tmp_path / "small.pt").stat().st_size < 0.2 * trained.stat().st_size
-    assert near(grid(trained), grid("small.pt"), levels=2)
-    assert "1 images of 1 in" in script("sample.py", "--checkpoint", "small.pt", "--num_samples", 1)[1]
+    assert script("sample.py", "--checkpoint", trained, "--export", "small.safetensors")[0] == 0
+    assert (tmp_path / "small.safetensors").stat().st_size < 0.2 * trained.stat().st_size
+    assert near(grid(trained), grid("small.safetensors"), levels=2)
+    assert "1 images of 1 in" in script("sample.py", "--checkpoint", "small.safetensors", "--num_samples", 1)[1]
     assert (tmp_path / "output/image/image_folder/sample/tiny/grid.png").exists()
 
 
 def test_the_published_example_draws_its_picture(grid, root, tmp_path):
     """The committed picture holds seeds 0 to 59 in ten columns; these are three of them."""
-    grid(root / "assets" / "edm_small.pt", "--seeds", "0,7,34", "--save_images")
+    grid(root / "assets" / "edm_small.safetensors", "--seeds", "0,7,34", "--save_images")
     committed = enlarged(picture(root / "assets" / "edm_small.png"), rows=6, columns=10, size=32)
     for seed in (0, 7, 34):
         expected = tile(committed, seed // 10, seed % 10, 32)
