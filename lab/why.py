@@ -55,14 +55,17 @@ def main() -> None:
             networks[args.second] = load_denoiser(args.second, None, overrides, device)
             check_same_data(config, networks[args.second][0], args.second)
         comparison = Comparison(config, *real_images(config), device, Path("output/classifier"))
+        stems = {path.stem for path in networks}
         measured = {
-            path.name: measure(denoiser, config, args.samples, comparison, device, precision)
+            path.stem if len(stems) == len(networks) else str(path): measure(
+                denoiser, config, args.samples, comparison, device, precision
+            )
             for path, (config, denoiser, _) in networks.items()
         }
     figures = {name: found for name, (found, _) in measured.items()}
     print_table(figures)
     write_atomically(args.output.with_suffix(".json"), lambda file: file.write(json.dumps(figures, indent=1).encode()))
-    draw(args.output, figures, measured[args.checkpoint.name][1])
+    draw(args.output, figures, next(iter(measured.values()))[1])
     print(f"the picture is {args.output}")
 
 

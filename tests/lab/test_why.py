@@ -99,7 +99,7 @@ def test_the_command_writes_a_picture_and_its_figures(trained, script, monkeypat
         code, out, err = script("lab/why.py", *arguments, *([f"sampler.guidance={guidance}"] if guidance > 1 else []))
         assert code == 0, err
         figures = json.loads((tmp_path / "new/why.json").read_text())
-        assert [*figures] == [trained.name, "second.pt"]
+        assert [*figures] == [trained.stem, "second"]
         for found in figures.values():
             assert (found["guidance"], found["samples"]) == (guidance, 10)
             assert [curve["evaluations"] for curve in found["samplers"].values()] == [costs] * 4
