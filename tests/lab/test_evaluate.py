@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -253,7 +254,8 @@ def test_a_sweep_is_drawn_and_counts_the_networks_evaluations(path, run, tmp_pat
     monkeypatch.setattr(evaluate, "SAMPLERS", samplers)
     monkeypatch.setattr(evaluate, "CHURN", [0, 4])
     monkeypatch.setattr("runpy.run_path", lambda *args, **options: evaluate.main())  # it would read the samplers anew
-    for guidance, guide in ((1, "null"), (2, "null"), (2, path)):
+    other = shutil.copy(path, tmp_path / "other.pt")
+    for guidance, guide in ((1, "null"), (2, "null"), (2, other)):
         options = (f"sampler.guidance={guidance}", f"sampler.guide={guide}")
         out, figures = run(path, "--num_samples", 4, "--sweep", "--batch_size", 3, *options)
         assert "ancestral at 31 steps is left out: sampler: the chain has 30 timesteps" in out
