@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,17 +26,20 @@ from lab.pictures import check_writable, save_sweep
 
 FEW_SAMPLES = 500  # distances of fewer samples say little
 
-# The samplers of the sweep: numbers of steps, and overrides.
+# The samplers of the sweep: overrides, and numbers of steps that take about 5, 10, 20 and 40 evaluations.
 EDM = ["sampler.discretization=edm", "sampler.schedule=linear", "sampler.scaling=none"]
-HEUN, HEUN_STEPS = [*EDM, "sampler.solver=heun"], [3, 5, 10, 18]
+HEUN, HEUN_STEPS, STEPS = [*EDM, "sampler.solver=heun"], [3, 5, 10, 20], [5, 10, 20, 40]
 SAMPLERS = {
-    "ancestral": ([5, 10, 20, 50], ["sampler.solver=ancestral"]),
-    "ddim": ([5, 10, 20, 50], ["sampler.solver=ddim"]),
-    "euler": ([5, 9, 19, 35], [*EDM, "sampler.solver=euler", "sampler.S_churn=0"]),
+    "ancestral": (STEPS, ["sampler.solver=ancestral"]),
+    "ddim": (STEPS, ["sampler.solver=ddim"]),
+    "euler": (STEPS, [*EDM, "sampler.solver=euler", "sampler.S_churn=0"]),
+    "euler, S_churn 4": (STEPS, [*EDM, "sampler.solver=euler", "sampler.S_churn=4"]),
+    "dpmpp_2m": (STEPS, [*EDM, "sampler.solver=dpmpp_2m", "sampler.S_churn=0"]),
     "heun": (HEUN_STEPS, [*HEUN, "sampler.S_churn=0"]),
     "heun, S_churn 4": (HEUN_STEPS, [*HEUN, "sampler.S_churn=4"]),
 }
-CHURN = [0, 1, 2, 4, 7]  # with Heun's method in 18 steps, where gamma reaches its limit, sqrt(2) - 1, at 7.5
+CHURN = [0, 1, 2, 4, 8]  # with Heun's method in 20 steps, where gamma reaches its limit, sqrt(2) - 1, at 8.3
+SETS = 3  # sets of seeds; each gives a distance, and the picture shows their mean and standard deviation
 
 
 def main() -> None:
@@ -94,7 +98,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("overrides", nargs="*", metavar="section.key=value", help="replace entries of the checkpoint's config")
     add_checkpoint_arguments(parser)
-    add("--num_samples", type=whole_number(0), help="samples to compare (default: 1000, for --sweep 250; 0: no comparison)")
+    add("--num_samples", type=whole_number(0), help="samples to compare (default: 1000; for --sweep 250, three times; 0: none)")
     add("--num_images", type=whole_number(0), help="real images for bits per dimension (default: 100; 0: no bits)")
     add("--ode_steps", type=whole_number(1, 10_000), default=64, help="steps of the ODE for bits per dimension (default: 64)")
     add(
@@ -237,49 +241,54 @@ def sweep(
     """Return the Frechet distance of `count` samples for several samplers and numbers of network evaluations per image (the
     paper's Figures 2 and 4), and for several S_churn (Figure 5c). Prints each one, and draws them all.
 
+    A distance is the mean of `SETS` sets of seeds, and has the standard deviation between them.
+
     Args:
         denoiser: its evaluations are counted, and those of its guide.
         comparison: None on all ranks but the first.
         picture: the PNG file to write.
 
     Returns:
-        "samplers": {name: [(evaluations, distance), ...]}; "churn": [(S_churn, distance), ...]; "floor", the distance of as
-        many real images. On rank 0; None on the others.
+        "samplers": {name: [(evaluations, distance, deviation), ...]}; "churn": [(S_churn, distance, deviation), ...];
+        "floor", the mean distance of as many real images. On rank 0; None on the others.
     """
     world.broadcast(lambda: check_writable(picture))
 
     @functools.cache  # the sweep over S_churn repeats some points
-    def measure(*overrides: str) -> tuple[float, float | None]:
+    def measure(*overrides: str) -> tuple[float, ...]:
         varied, rows = with_overrides(config, overrides, "the sweep"), []
         title = f"{varied.sampler.solver}, {varied.sampler.sampling_steps} steps"
         with on_evaluation(denoiser, rows.append):
-            images = draw_samples(denoiser, varied, count, device, batch_size, precision, world, title)
-        evaluations = sum(world.gather(sum(rows))) / count
-        return evaluations, comparison.frechet_distance(images) if comparison else None
+            images = draw_samples(denoiser, varied, SETS * count, device, batch_size, precision, world, title)
+        evaluations = sum(world.gather(sum(rows))) / (SETS * count)
+        if not comparison:
+            return (evaluations,)
+        distances = [comparison.frechet_distance(part) for part in images.split(count)]
+        return evaluations, statistics.mean(distances), statistics.stdev(distances)
 
-    def point(name: str, overrides: list[str], steps: int) -> list[tuple[float, float | None]]:
-        """Return [(evaluations, distance)] of a sampler, or [] if the network does not support it."""
+    def point(name: str, overrides: list[str], steps: int) -> list[tuple[float, ...]]:
+        """Return [(evaluations, distance, deviation)] of a sampler, or [] if the network does not support it."""
         try:
-            evaluations, distance = measure(*overrides, f"sampler.sampling_steps={steps}")
+            found = measure(*overrides, f"sampler.sampling_steps={steps}")
         except UserError as error:
             print(f"{name} at {steps} steps is left out: {one_line(str(error))}")
             return []
         if comparison:
-            print(f"{name + f', {steps} steps':<30} {evaluations:5.0f} evaluations: {distance:8.1f}", flush=True)
-        return [(evaluations, distance)]
+            print("{:<30} {:5.0f} evaluations: {:8.1f} ± {:.1f}".format(f"{name}, {steps} steps", *found), flush=True)
+        return [found]
 
     curves = {
         name: [found for steps in numbers for found in point(name, overrides, steps)]
         for name, (numbers, overrides) in SAMPLERS.items()
     }
     churn = [
-        (S_churn, distance)
+        (S_churn, *found)
         for S_churn in CHURN
-        for _, distance in point(f"heun, S_churn {S_churn}", [*HEUN, f"sampler.S_churn={S_churn}"], HEUN_STEPS[-1])
+        for _, *found in point(f"heun, S_churn {S_churn}", [*HEUN, f"sampler.S_churn={S_churn}"], HEUN_STEPS[-1])
     ]
     if not comparison:
         return None
-    floor = comparison.frechet_distance(comparison.real_samples(count).images)
+    floor = comparison.mean_floor(count, SETS, balanced=config.network.label_dim > 0)
     print(f"{'as many real images':<30} {'':5}              {floor:8.1f}")
     save_sweep(picture, curves, churn, floor, f"Frechet distance of {count:,} samples")
     print(f"the picture is {picture}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import statistics
 from pathlib import Path
 from typing import NamedTuple
 
@@ -306,6 +307,12 @@ class Comparison:
             places = places[(labels * labels.cumsum(dim=0)).sum(dim=1).argsort(stable=True)]
         places = places[:count]
         return LabelledImages(self.others.images[places], self.others.labels[places])
+
+    def mean_floor(self, count: int, sets: int, balanced: bool) -> float:
+        """Return the mean Frechet distance of up to `sets` sets of `count` real images, chosen as by `real_samples`."""
+        images = self.real_samples(sets * count, balanced).images
+        images = images[: max(len(images) // count, 1) * count]  # no smaller set beside whole ones
+        return statistics.mean(map(self.frechet_distance, images.split(count)))
 
     def floor(self, count: int) -> dict:
         """Return the `quality` of up to `count` real images outside the reference, for comparison."""

@@ -226,9 +226,10 @@ def save_sweep(path: Path, curves: dict[str, list[tuple]], churn: list[tuple], f
     """Draw a distance over the number of network evaluations, one curve for each sampler, and over S_churn.
 
     Args:
-        curves: (evaluations, distance) pairs of each sampler.
-        churn: (S_churn, distance) pairs.
-        floor: the distance of real images, drawn as a dashed line.
+        curves: (evaluations, distance, deviation) of each sampler, named "solver" or "solver, churn"; the deviations are drawn
+            as error bars.
+        churn: (S_churn, distance, deviation).
+        floor: the distance of real images, drawn as a dotted line.
         ylabel: what the distance is.
     """
     from matplotlib.figure import Figure
@@ -236,16 +237,19 @@ def save_sweep(path: Path, curves: dict[str, list[tuple]], churn: list[tuple], f
 
     figure = Figure(figsize=(8, 3.6))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
-    for place, (name, points) in enumerate(curves.items()):
+    solvers = list(dict.fromkeys(name.partition(",")[0] for name in curves))
+    for name, points in curves.items():
+        solver, with_churn, _ = name.partition(",")  # with churn, the solver's colour again, dashed
+        line = {"color": f"C{solvers.index(solver)}", "linestyle": "--" if with_churn else "-"}
         if points:
-            left.plot(*zip(*points), marker="o", label=name, color=f"C{place}")
+            left.errorbar(*zip(*points), marker="o", capsize=2, label=name, **line)
     left.set(xlabel="network evaluations per image", ylabel=ylabel, xscale="log", yscale="log")
     left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.xaxis.set_major_formatter("{x:g}")
     left.xaxis.set_minor_formatter("")
-    right.plot(*zip(*churn), marker="o", label="heun with churn", color=f"C{len(curves) - 1}")
+    right.errorbar(*zip(*churn), marker="o", capsize=2, label="heun, with churn", color="C4", linestyle="--")
     right.set(xlabel="S_churn")
     for axes in (left, right):
-        axes.axhline(floor, color="gray", linestyle="--", label="as many real images")
+        axes.axhline(floor, color="gray", linestyle=":", label="as many real images")
         axes.legend()
     save_figure(path, figure)

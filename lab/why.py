@@ -1,7 +1,6 @@
 """Draw "Why EDM?": samples of one network by the samplers of Table 1's four columns, and their distances, at equal cost."""
 
 import json
-import statistics
 from pathlib import Path
 
 import torch
@@ -149,9 +148,7 @@ def measure(
             shown.append(exact[name][:NUM_SHOWN])
     for name, curve in samplers.items():
         curve["from_edm"] = rms(exact[name] - exact["EDM"])
-    real = comparison.real_samples(FLOORS * num_samples, balanced=config.network.label_dim > 0).images
-    sets = real[: max(len(real) // num_samples, 1) * num_samples].split(num_samples)
-    floor = statistics.mean(map(comparison.frechet_distance, sets))
+    floor = comparison.mean_floor(num_samples, FLOORS, balanced=config.network.label_dim > 0)
     figures = {"guidance": guidance, "samples": num_samples, "solved": NUM_SOLVED, "floor": floor, "samplers": samplers}
     return figures, to_uint8(torch.stack(shown)).unflatten(0, (len(SAMPLERS), -1))
 

@@ -17,7 +17,8 @@ from lab.bits import dequantize
 from lab.cli import UserError
 from lab.data import to_uint8
 from lab.distributed import World
-from lab.metrics import Classifier
+from lab.generate import generate, load_denoiser
+from lab.metrics import Classifier, Comparison
 from lab.seeds import ImageNoise
 
 CPU = torch.device("cpu")
@@ -250,7 +251,7 @@ def test_the_odes_noise_levels_are_the_samplers():
 def test_a_sweep_is_drawn_and_counts_the_networks_evaluations(path, run, tmp_path, monkeypatch):
     """Twice as many with guidance, by the network itself or another; what a sampler cannot do is left out."""
     heun, churned = evaluate.HEUN, [*evaluate.HEUN, "sampler.S_churn=4"]
-    samplers = {"ancestral": ([2, 31], ["sampler.solver=ancestral"]), "heun": ([3, 18], heun), "churn": ([18], churned)}
+    samplers = {"ancestral": ([2, 31], ["sampler.solver=ancestral"]), "heun": ([3, 20], heun), "churn": ([20], churned)}
     monkeypatch.setattr(evaluate, "SAMPLERS", samplers)
     monkeypatch.setattr(evaluate, "CHURN", [0, 4])
     monkeypatch.setattr("runpy.run_path", lambda *args, **options: evaluate.main())  # it would read the samplers anew
@@ -260,12 +261,25 @@ def test_a_sweep_is_drawn_and_counts_the_networks_evaluations(path, run, tmp_pat
         out, figures = run(path, "--num_samples", 4, "--sweep", "--batch_size", 3, *options)
         assert "ancestral at 31 steps is left out: sampler: the chain has 30 timesteps" in out
         found = figures["sweep"]["samplers"]
-        counts = {name: [evaluations for evaluations, _ in curve] for name, curve in found.items()}
-        assert counts == {"ancestral": [2 * guidance], "heun": [5 * guidance, 35 * guidance], "churn": [35 * guidance]}
-        assert figures["sweep"]["churn"] == [[0, found["heun"][-1][1]], [4, found["churn"][-1][1]]]
+        counts = {name: [evaluations for evaluations, *_ in curve] for name, curve in found.items()}
+        assert counts == {"ancestral": [2 * guidance], "heun": [5 * guidance, 39 * guidance], "churn": [39 * guidance]}
+        assert figures["sweep"]["churn"] == [[0, *found["heun"][-1][1:]], [4, *found["churn"][-1][1:]]]
         assert found["heun"][-1][1] != found["churn"][-1][1]
         assert figures["sweep"]["floor"] > 0
     assert (tmp_path / "output/image/image_folder/evaluate/tiny/sweep.png").stat().st_size > 10_000
+
+
+def test_a_point_of_the_sweep_is_the_mean_of_three_sets_of_seeds(path, run, monkeypatch):
+    ddim = ["sampler.solver=ddim", "sampler.sampling_steps=2"]
+    monkeypatch.setattr(evaluate, "SAMPLERS", {"ddim": ([2], ddim[:1])})
+    monkeypatch.setattr(evaluate, "CHURN", [0])
+    monkeypatch.setattr("runpy.run_path", lambda *args, **options: evaluate.main())
+    seen = []
+    monkeypatch.setattr(Comparison, "frechet_distance", lambda _, images: seen.append(images) or 2.0 ** len(seen))
+    _, figures = run(path, "--num_samples", 4, "--sweep")
+    assert figures["sweep"]["samplers"]["ddim"] == [[2, pytest.approx(14 / 3), pytest.approx((28 / 3) ** 0.5)]]  # 2, 4, 8
+    config, denoiser, _ = load_denoiser(path, None, ddim, CPU)
+    assert torch.equal(torch.cat(seen[:3]), torch.cat(list(generate(denoiser, list(range(12)), config, CPU, 12))))
 
 
 def test_figures_that_are_not_finite_are_null(path, run, monkeypatch):

@@ -71,7 +71,7 @@ def test_the_style_is_used_and_left_again(tmp_path, monkeypatch):
     before = dict(matplotlib.rcParams)
     figures = []
     monkeypatch.setattr(pictures, "save_figure", lambda path, figure: figures.append(figure))
-    pictures.save_sweep(tmp_path / "x.png", {"heun": [(1, 2), (3, 1)]}, [(0, 1), (2, 3)], 1.0, "distance")
+    pictures.save_sweep(tmp_path / "x.png", {"heun": [(1, 2, 1), (3, 1, 0)]}, [(0, 1, 0), (2, 3, 1)], 1.0, "distance")
     assert figures[0].dpi == 128
     assert not figures[0].axes[0].spines["top"].get_visible()
     assert dict(matplotlib.rcParams) == before

@@ -95,6 +95,9 @@ def test_which_images_are_compared(tmp_path, monkeypatch, mnist_folder, against)
     assert comparison.floor(70)["images"] == 20
     balanced = comparison.real_samples(2 * comparison.num_classes, balanced=True)
     assert balanced.labels.bincount().tolist() == [2] * comparison.num_classes
+    sets = [comparison.frechet_distance(part) for part in shown.images.split(6)[:3]]  # of 20 images, 3 sets of 6
+    assert comparison.mean_floor(6, 3, balanced=False) == comparison.mean_floor(6, 8, balanced=False)
+    assert comparison.mean_floor(6, 3, balanced=False) == pytest.approx(sum(sets) / 3)
     Comparison(config, train, test, CPU, tmp_path)
     assert len(learned) == 1  # it is read from its file
     assert learned[0] is train
