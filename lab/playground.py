@@ -24,7 +24,8 @@ from lab.live import Live, control, in_line, is_static, live, show, values_of, w
 from lab.pictures import COLORS, grid, style
 from lab.seeds import ImageNoise, generator_for
 
-DATA = ("two peaks", "two points", "2-D mixture", "2-D spiral", DIGITS := "ten digits")
+NETWORKS = {"ten digits": "edm_small", "ten digits, larger network": "edm_laptop"}  # by data, the files in assets/
+DATA = ("two peaks", "two points", "2-D mixture", "2-D spiral", *NETWORKS)
 VIEWS = (ONE := "one sampler", FOUR := "the four presets")
 FILES = {"VP": "vp.yaml", "VE": "ve.yaml", "iDDPM": "table1_iddpm.yaml", "EDM": "edm.yaml"}  # the columns of Table 1
 ALT = "Paths of a sampler from noise to data, with its error and the number of evaluations of the denoiser"
@@ -61,8 +62,8 @@ class Problem(NamedTuple):
 @functools.cache
 def problem(data: str) -> Problem:
     """Return the problem of this name in `DATA`."""
-    if data == DIGITS:
-        path = Path(__file__).parents[1] / "assets" / "edm_small.safetensors"
+    if data in NETWORKS:
+        path = Path(__file__).parents[1] / "assets" / f"{NETWORKS[data]}.safetensors"
         config, denoiser, _ = load_denoiser(path, None, [], torch.device("cpu"))
         shape = (config.data.channels, config.data.resolution, config.data.resolution)
         return Problem(denoiser.float(), config, shape, 10, 100)
@@ -184,9 +185,9 @@ def results(
     They are yielded twice if the solution is not known yet: before and after it is computed.
     """
     guidance = {name: choices.pop(name) for name in GUIDANCE}
-    if data != DIGITS:  # there are no classes
+    if data not in NETWORKS:  # there are no classes
         guidance = {}
-    class_index = None if class_index == "all" or data != DIGITS else class_index
+    class_index = None if class_index == "all" or data not in NETWORKS else class_index
     if choices["solver"] == "dpmpp_2m":
         choices["S_churn"] = 0.0
     chosen = {name: preset(name) for name in FILES} if view == FOUR else {ONE: choices}
@@ -212,7 +213,7 @@ def draw(**settings: object) -> Iterator[Figure | None]:
     """Yield a picture for each of the `results` of these settings, and None where there are none yet."""
     of = problem(settings["data"])
     for found in results(**settings):
-        yield found and (draw_digits if settings["data"] == DIGITS else draw_paths)(of, found)
+        yield found and (draw_digits if settings["data"] in NETWORKS else draw_paths)(of, found)
 
 
 def figure_of(height: int, layout: str) -> Figure:
@@ -315,7 +316,7 @@ def applies(name: str, settings: dict[str, object]) -> bool:
     if name in ("guidance_min", "guidance_max") and settings["guidance"] == 1:
         return False
     if name in (*GUIDANCE, "class_index"):
-        return settings["data"] == DIGITS
+        return settings["data"] in NETWORKS
     if settings["view"] == FOUR:
         return False
     if name == "solver":

@@ -196,8 +196,9 @@ def test_a_network_is_checked_before_it_takes_memory(monkeypatch):
 
 
 def test_the_published_examples_load(root):
+    names = ["edm_laptop", "edm_small", "edm_small_uncond", "iddpm_small"]
     paths = sorted((root / "assets").glob("*.safetensors"))
-    assert [path.name for path in paths] == ["edm_small.safetensors", "iddpm_small.safetensors"]
+    assert [path.name for path in paths] == [f"{name}.safetensors" for name in names]
     for path in paths:
         contents = checkpoint.load(path)
         config = checkpoint.read_config(contents, path)

@@ -16,7 +16,7 @@ from lab import playground
 from lab.build import table_1
 from lab.cli import UserError
 from lab.live import Live, control, first_value, live, prepared
-from lab.playground import DIGITS, FOUR, ONE, START, make_controls, make_panel, preset, results, solution
+from lab.playground import FOUR, ONE, START, make_controls, make_panel, preset, results, solution
 from lab.seeds import ImageNoise
 
 
@@ -213,7 +213,7 @@ def test_controls_that_change_nothing_are_switched_off():
 
     churn = {"S_min", "S_max", "S_noise"}
     assert off() == {*playground.GUIDANCE, "class_index", *churn}
-    controls["data"].value, controls["S_churn"].value = DIGITS, 10
+    controls["data"].value, controls["S_churn"].value = "ten digits", 10
     assert off() == set()
     controls["guidance"].value = 1.0
     assert off() == {"guidance_min", "guidance_max"}
@@ -254,9 +254,9 @@ def test_digits_are_drawn_by_the_shipped_network(monkeypatch):
     """Guidance doubles the evaluations in its interval; the class holds for all ten; there is a figure before and after the
     solution, which has the same guidance."""
     solution.cache_clear()
-    problem = playground.problem(DIGITS)
+    problem = playground.problem("ten digits")
     monkeypatch.setattr(playground, "problem", lambda data: problem._replace(fine=3, count=2))
-    settings = START | {"data": DIGITS, "N": 2, "class_index": 3}
+    settings = START | {"data": "ten digits", "N": 2, "class_index": 3}
     found = finish(results(**settings))[ONE]
     assert found.run.evaluations == 6 and found.run.x.shape == (3, 2, 1, 32, 32)
     assert finish(results(**settings | {"guidance": 1.0}))[ONE].run.evaluations == 3
