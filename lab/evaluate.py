@@ -3,7 +3,6 @@
 import argparse
 import functools
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from lab.pictures import check_writable, save_sweep
 
 FEW_SAMPLES = 500  # distances of fewer samples say little
 
-# The samplers of the sweep: overrides, and numbers of steps that take about 5, 10, 20 and 40 evaluations.
+# The samplers of the sweep: overrides, and numbers of steps that take about 5, 10, 20 and 40 evaluations without guidance.
 EDM = ["sampler.discretization=edm", "sampler.schedule=linear", "sampler.scaling=none"]
 HEUN, HEUN_STEPS, STEPS = [*EDM, "sampler.solver=heun"], [3, 5, 10, 20], [5, 10, 20, 40]
 SAMPLERS = {
@@ -241,7 +240,7 @@ def sweep(
     """Return the Frechet distance of `count` samples for several samplers and numbers of network evaluations per image (the
     paper's Figures 2 and 4), and for several S_churn (Figure 5c). Prints each one, and draws them all.
 
-    A distance is the mean of `SETS` sets of seeds, and has the standard deviation between them.
+    Each distance is the mean over `SETS` sets of seeds, and has their standard deviation.
 
     Args:
         denoiser: its evaluations are counted, and those of its guide.
@@ -263,8 +262,8 @@ def sweep(
         evaluations = sum(world.gather(sum(rows))) / (SETS * count)
         if not comparison:
             return (evaluations,)
-        distances = [comparison.frechet_distance(part) for part in images.split(count)]
-        return evaluations, statistics.mean(distances), statistics.stdev(distances)
+        distances = torch.tensor([comparison.frechet_distance(part) for part in images.split(count)], dtype=torch.float64)
+        return evaluations, distances.mean().item(), distances.std().item()
 
     def point(name: str, overrides: list[str], steps: int) -> list[tuple[float, ...]]:
         """Return [(evaluations, distance, deviation)] of a sampler, or [] if the network does not support it."""

@@ -309,7 +309,10 @@ class Comparison:
         return LabelledImages(self.others.images[places], self.others.labels[places])
 
     def mean_floor(self, count: int, sets: int, balanced: bool) -> float:
-        """Return the mean Frechet distance of up to `sets` sets of `count` real images, chosen as by `real_samples`."""
+        """Return the mean Frechet distance of up to `sets` sets of `count` real images, chosen as by `real_samples`.
+
+        If there are fewer than `count`, it is the distance of all of them.
+        """
         images = self.real_samples(sets * count, balanced).images
         images = images[: max(len(images) // count, 1) * count]  # no smaller set beside whole ones
         return statistics.mean(map(self.frechet_distance, images.split(count)))

@@ -247,7 +247,9 @@ def save_sweep(path: Path, curves: dict[str, list[tuple]], churn: list[tuple], f
     left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.xaxis.set_major_formatter("{x:g}")
     left.xaxis.set_minor_formatter("")
-    right.errorbar(*zip(*churn), marker="o", capsize=2, label="heun, with churn", color="C4", linestyle="--")
+    if churn:
+        color = f"C{solvers.index('heun') if 'heun' in solvers else 0}"
+        right.errorbar(*zip(*churn), marker="o", capsize=2, label="heun, with churn", color=color, linestyle="--")
     right.set(xlabel="S_churn")
     for axes in (left, right):
         axes.axhline(floor, color="gray", linestyle=":", label="as many real images")

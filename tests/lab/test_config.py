@@ -82,7 +82,9 @@ def test_the_rows_of_table_2_differ_by_what_the_paper_changes():
 def test_the_small_configs_differ_by_what_their_papers_say():
     length = {"training.num_training_steps", "training.save_and_sample_every_n"}
     sampler = {"sampler.solver", "sampler.sampling_steps", "sampler.clip", "sampler.S_churn", "sampler.guidance"}
-    assert changed("edm_small", "ddpm_small") == COLUMN | length | sampler | {"training.learning_rate"}
+    others = {"training.learning_rate", "preconditioning.sigma_data"}
+    assert changed("edm_small", "ddpm_small") == COLUMN | length | sampler | others
+    assert changed("edm_small", "edm_small_uncond") == {"network.label_dim", "loss.label_dropout"}
     learned = {"preconditioning.formulation", "loss.objective", "network.architecture", "sampler.variance", "chain.betas"}
     assert changed("ddpm_small", "iddpm_small") == learned
 

@@ -71,7 +71,14 @@ def test_the_style_is_used_and_left_again(tmp_path, monkeypatch):
     before = dict(matplotlib.rcParams)
     figures = []
     monkeypatch.setattr(pictures, "save_figure", lambda path, figure: figures.append(figure))
-    pictures.save_sweep(tmp_path / "x.png", {"heun": [(1, 2, 1), (3, 1, 0)]}, [(0, 1, 0), (2, 3, 1)], 1.0, "distance")
+    points = [(1, 2, 1), (3, 1, 0)]
+    pictures.save_sweep(
+        tmp_path / "x.png", {"ddim": points, "heun": points, "heun, S_churn 4": points}, points, 1.0, "distance"
+    )
+    left, right = (axes.containers for axes in figures[0].axes)  # with error bars, and churn in the solver's colour
+    assert len(left) == 3 and len({bars.lines[0].get_color() for bars in left}) == 2
+    assert [bars.lines[0].get_linestyle() for bars in (*left, *right)] == ["-", "-", "--", "--"]
+    assert {bars.lines[0].get_color() for bars in (*left[1:], *right)} == {left[1].lines[0].get_color()}
     assert figures[0].dpi == 128
     assert not figures[0].axes[0].spines["top"].get_visible()
     assert dict(matplotlib.rcParams) == before

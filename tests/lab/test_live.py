@@ -253,6 +253,7 @@ def test_a_solution_is_continued_where_it_was_interrupted():
 def test_digits_are_drawn_by_the_shipped_network(monkeypatch):
     """Guidance doubles the evaluations in its interval; the class holds for all ten; there is a figure before and after the
     solution, which has the same guidance."""
+    assert [playground.problem(data).config.name for data in playground.NETWORKS] == [*playground.NETWORKS.values()]
     solution.cache_clear()
     problem = playground.problem("ten digits")
     monkeypatch.setattr(playground, "problem", lambda data: problem._replace(fine=3, count=2))

@@ -95,6 +95,8 @@ def test_which_images_are_compared(tmp_path, monkeypatch, mnist_folder, against)
     assert comparison.floor(70)["images"] == 20
     balanced = comparison.real_samples(2 * comparison.num_classes, balanced=True)
     assert balanced.labels.bincount().tolist() == [2] * comparison.num_classes
+    halves = map(comparison.frechet_distance, balanced.images.split(comparison.num_classes))
+    assert comparison.mean_floor(comparison.num_classes, 2, balanced=True) == pytest.approx(sum(halves) / 2)
     sets = [comparison.frechet_distance(part) for part in shown.images.split(6)[:3]]  # of 20 images, 3 sets of 6
     assert comparison.mean_floor(6, 3, balanced=False) == comparison.mean_floor(6, 8, balanced=False)
     assert comparison.mean_floor(6, 3, balanced=False) == pytest.approx(sum(sets) / 3)
