@@ -116,7 +116,7 @@ def test_the_playground(page, tmp_path):
     page.screenshot(path=tmp_path / "3.png")
     change(picture, lambda: page.get_by_role("button", name="the four presets").click())
     page.screenshot(path=tmp_path / "4.png")
-    change(picture, lambda: page.get_by_role("button", name="ten digits").click())
+    change(picture, lambda: page.get_by_role("button", name="ten digits", exact=True).click())
     page.screenshot(path=tmp_path / "5.png")
     change(picture, lambda: page.get_by_role("button", name="one sampler").click())
     page.screenshot(path=tmp_path / "6.png")
