@@ -131,5 +131,5 @@ def test_the_notebook(page, tmp_path):
     for index in range(3):
         picture = live.nth(index).locator(".widget-html-content img")
         change(picture, lambda: live.nth(index).get_by_role("slider").first.press("ArrowRight"))  # noqa: B023
-        picture.screenshot(path=tmp_path / f"{index}.png")
+        page.screenshot(path=tmp_path / f"{index}.png")  # of the page, as the picture may be replaced meanwhile
     check_errors(page)
