@@ -12,11 +12,12 @@ from edm.exact import GaussianMixture
 from edm.sampler import sample
 from edm.schedule import RANGES
 from lab import live as module
-from lab import playground
+from lab import paths
 from lab.build import table_1
 from lab.cli import UserError
 from lab.live import Live, control, first_value, live, prepared
-from lab.playground import FOUR, ONE, START, make_controls, make_panel, preset, results, solution
+from lab.paths import FOUR, GUIDANCE, ONE, preset, results, solution
+from lab.playground import START, applies, make_controls, make_panel
 from lab.seeds import ImageNoise
 
 
@@ -164,7 +165,7 @@ def test_a_run_is_that_of_the_package(assert_close):
     """For each preset: the same paths as from `edm` by hand."""
     mixture = GaussianMixture(torch.tensor([[-1.0], [1.0]]), torch.full((2, 1, 1), 0.04))
     latents = ImageNoise(list(range(24, 48)), (1, 1, 1), torch.device("cpu"), torch.float64)()
-    for name in playground.FILES:
+    for name in paths.FILES:
         chosen = preset(name)
         rows = {row: chosen[row] for row in ("discretization", "schedule", "scaling")}
         sigma_steps, schedule = table_1(6, **rows)
@@ -212,8 +213,10 @@ def test_controls_that_change_nothing_are_switched_off():
         return {name for name, widget in controls.items() if widget.disabled}
 
     churn = {"S_min", "S_max", "S_noise"}
-    assert off() == {*playground.GUIDANCE, "class_index", *churn}
-    controls["data"].value, controls["S_churn"].value = "ten digits", 10
+    assert off() == {*GUIDANCE, "class_index", *churn}
+    controls["data"].value, controls["S_churn"].value = "digits without classes", 10
+    assert off() == {"class_index"}
+    controls["data"].value = "ten digits"
     assert off() == set()
     controls["guidance"].value = 1.0
     assert off() == {"guidance_min", "guidance_max"}
@@ -224,7 +227,7 @@ def test_controls_that_change_nothing_are_switched_off():
     assert off() == {"rho", "schedule", "scaling", "S_churn", *churn}
     controls["solver"].value = "ddim"
     assert off() == {"discretization", "schedule", "scaling", "rho", "sigma_min", "sigma_max", "S_churn", *churn}
-    assert not playground.applies("solver", START | {"view": FOUR}) and playground.applies("N", START | {"view": FOUR})
+    assert not applies("solver", START | {"view": FOUR}) and applies("N", START | {"view": FOUR})
 
 
 def test_ddim_and_churn_and_impossible_settings():
@@ -236,7 +239,7 @@ def test_ddim_and_churn_and_impossible_settings():
         finish(results(**START | preset("VP") | {"sigma_min": 1.0}))
     assert not result(solver="dpmpp_2m", S_churn=40.0).is_random
     with pytest.raises(UserError, match="S_min"):
-        playground.sampler_config("two peaks", 8, S_min=2.0, S_max=1.0)
+        paths.sampler_config("two peaks", 8, S_min=2.0, S_max=1.0)
 
 
 def test_a_solution_is_continued_where_it_was_interrupted():
@@ -253,10 +256,10 @@ def test_a_solution_is_continued_where_it_was_interrupted():
 def test_digits_are_drawn_by_the_shipped_network(monkeypatch):
     """Guidance doubles the evaluations in its interval; the class holds for all ten; there is a figure before and after the
     solution, which has the same guidance."""
-    assert [playground.problem(data).config.name for data in playground.NETWORKS] == [*playground.NETWORKS.values()]
+    assert [paths.problem(data).config.name for data in paths.NETWORKS] == [name for name, _ in paths.NETWORKS.values()]
     solution.cache_clear()
-    problem = playground.problem("ten digits")
-    monkeypatch.setattr(playground, "problem", lambda data: problem._replace(fine=3, count=2))
+    problem = paths.problem("ten digits")
+    monkeypatch.setattr(paths, "problem", lambda data: problem._replace(fine=3, count=2))
     settings = START | {"data": "ten digits", "N": 2, "class_index": 3}
     found = finish(results(**settings))[ONE]
     assert found.run.evaluations == 6 and found.run.x.shape == (3, 2, 1, 32, 32)
@@ -266,16 +269,27 @@ def test_digits_are_drawn_by_the_shipped_network(monkeypatch):
     other = finish(results(**settings | {"class_index": "all"}))[ONE]
     assert not torch.equal(other.run.x[-1], found.run.x[-1]) and found.error > 0
     solution.cache_clear()
-    figures = [figure for figure in playground.draw(**settings) if figure]
+    figures = [figure for figure in paths.draw(**settings) if figure]
     assert len(figures) == 2 and all(isinstance(figure, Figure) for figure in figures)
+
+
+def test_digits_without_classes_are_guided_by_a_worse_network(monkeypatch):
+    problem = paths.problem("digits without classes")
+    monkeypatch.setattr(paths, "problem", lambda data: problem._replace(fine=3, count=2))
+    settings = START | {"data": "digits without classes", "N": 2, "S_churn": 0.0}
+    guide, alone, twice = (finish(results(**settings | {"guidance": weight}))[ONE].run for weight in (0.0, 1.0, 2.0))
+    assert (alone.evaluations, twice.evaluations) == (3, 6)
+    # All three start at the same x, so the first denoised images lie on a line: D_guide, D and twice as far.
+    assert torch.allclose(twice.denoised[0] - alone.denoised[0], alone.denoised[0] - guide.denoised[0], atol=1e-5)
+    assert (alone.denoised[0] - guide.denoised[0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("view", [ONE, FOUR])
 @pytest.mark.parametrize("data", ["two points", "2-D mixture", "2-D spiral"])
 def test_every_toy_problem_is_drawn(data, view, monkeypatch):
     solution.cache_clear()
-    problem = playground.problem(data)
-    monkeypatch.setattr(playground, "problem", lambda data: problem._replace(fine=20))
-    figure = finish(playground.draw(**START | {"data": data, "view": view}))
+    problem = paths.problem(data)
+    monkeypatch.setattr(paths, "problem", lambda data: problem._replace(fine=20))
+    figure = finish(paths.draw(**START | {"data": data, "view": view}))
     assert len(figure.axes) == (8 if view == FOUR else 2) and module.png(figure)
     solution.cache_clear()
