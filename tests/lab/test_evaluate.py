@@ -282,6 +282,18 @@ def test_a_point_of_the_sweep_is_the_mean_of_three_sets_of_seeds(path, run, monk
     assert torch.equal(torch.cat(seen[:3]), torch.cat(list(generate(denoiser, list(range(12)), config, CPU, 12))))
 
 
+def test_two_processes_sweep_as_one(path, run, start, tmp_path):
+    few = ("--sweep", "--num_samples", 4)
+    _, one = run(path, *few)
+    process = start("lab/evaluate.py", "--checkpoint", path, *few, "--json", "two.json", torchrun=2)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    two = json.loads((tmp_path / "two.json").read_text())["sweep"]
+    assert two["samplers"].keys() == evaluate.SAMPLERS.keys() and two["floor"] == one["sweep"]["floor"]
+    for name, curve in one["sweep"]["samplers"].items():
+        assert two["samplers"][name] == [pytest.approx(point, rel=0.02, abs=0.01) for point in curve]
+
+
 def test_figures_that_are_not_finite_are_null(path, run, monkeypatch):
     """JSON has no nan."""
     monkeypatch.setattr("lab.metrics.frechet_distance", lambda *args: math.nan)
