@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from lab import gallery, pictures
+from lab.build import build_sampler
 from lab.config import Sampler
 from lab.device import autocast_dtype, explain_device_errors
 from lab.distributed import distributed
@@ -23,8 +24,6 @@ MAX_GRID = 2500  # images in the grid; further ones are written as single files 
 def main() -> None:
     args = parse_arguments()
     overrides = [f"sampler.{name}={getattr(args, name)}" for name in FLAGS if getattr(args, name) is not None]
-    if args.guide not in (None, "null") and args.guidance is None:
-        raise UserError("--guide needs --guidance, the weight of the network against its guide, such as --guidance 2")
     if args.export:
         export(args.checkpoint, args.export, args.config_path, overrides)
         return
@@ -36,6 +35,7 @@ def main() -> None:
             known = f"its classes are 0 to {label_dim - 1}" if label_dim else "the network is unconditional"
             raise UserError(f"--class: {class_index} is not a class of {args.checkpoint}: {known}")
         seeds = args.seeds or list(range(args.num_samples or config.sampler.num_samples))
+        build_sampler(config)  # raises now if its choices do not fit together, before anything is written
         folder = args.output_dir or Path("output/image") / config.data.dataset / "sample" / config.name
         pictures.check_writable(folder / "grid.png")
         if args.compile:

@@ -11,7 +11,7 @@ from edm.schedule import bisect
 
 
 class Average:
-    """Holds an average of the weights of a network in training, as a second network `net`. `beta` says how fast it forgets."""
+    """Holds an average of the weights of a network in training, as a second network `net`. Each subclass has its `beta`."""
 
     def __init__(self, net: nn.Module):
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
@@ -58,27 +58,27 @@ class PowerEMA(Average):
         self.gamma = gamma_of(sigma_rel)
 
     def beta(self, images_seen: int, batch_size: int) -> float:
-        """Return the decay of one update: the integral of p up to this step. It is exact, as theta is constant in a step."""
+        """Return the decay of one update: the integral of p up to the start of the step, in which theta is constant."""
         return (1 - batch_size / images_seen) ** (self.gamma + 1)
 
 
-def width(gamma: float) -> float:
-    """Return sigma_rel: under p, tau / t has the distribution Beta(gamma + 1, 1)."""
+def sigma_rel_of(gamma: float) -> float:
+    """Return the width of an average: under p, tau / t has the distribution Beta(gamma + 1, 1)."""
     return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
 
 
 def gamma_of(sigma_rel: float) -> float:
     """Return the gamma of a width; a ValueError says which widths there are."""
-    if not 0 < sigma_rel < width(0):
-        raise ValueError(f"the width of an average is above 0 and below {width(0):.4f}, not {sigma_rel:g}")
-    return bisect(lambda gamma: -width(gamma), -sigma_rel)
+    if not 0 < sigma_rel < sigma_rel_of(0):
+        raise ValueError(f"the width of an average is above 0 and below {sigma_rel_of(0):.6f}, not {sigma_rel:g}")
+    return bisect(lambda gamma: -sigma_rel_of(gamma), -sigma_rel)
 
 
 def reconstruct(averages: list[tuple[float, float]], target: tuple[float, float]) -> tuple[torch.Tensor, float]:
-    """Return factors x_i, with which a sum of known averages is nearest to another one, and the relative error of its profile.
+    """Return the factors x_i of the sum of known averages that comes nearest to a wanted one, and how far off it is.
 
-    |sum x_i p_i - p| is minimal for profiles p_i and p under sum x_i = 1. With m = min(s, t), the integral of p_i p is
-    (gamma_i + 1) (gamma + 1) / (s^(gamma_i + 1) t^(gamma + 1)) m^(gamma_i + gamma + 1) / (gamma_i + gamma + 1).
+    |sum x_i p_i - p| is minimal for profiles p_i and p under sum x_i = 1. For p_i at time s with the exponent h - 1, and p at
+    time t with g - 1, the integral of p_i p is g h / (s^h t^g) m^(g + h - 1) / (g + h - 1), where m = min(s, t).
 
     Args:
         averages: (s, sigma_rel) of each: at which step it was taken, and its width.
@@ -87,8 +87,9 @@ def reconstruct(averages: list[tuple[float, float]], target: tuple[float, float]
     Returns:
         x, (len(averages),) in float64, and the residual |sum x_i p_i - p| / |p|.
     """
-    t, g = torch.tensor([(step, gamma_of(sigma_rel)) for step, sigma_rel in (*averages, target)], dtype=torch.float64).T
-    t, s, g, h = t / t[-1], t[:, None] / t[-1], g + 1, g[:, None] + 1
+    t, g = torch.tensor([(step, gamma_of(sigma_rel) + 1) for step, sigma_rel in (*averages, target)], dtype=torch.float64).T
+    t = t / t[-1]
+    s, h = t[:, None], g[:, None]  # all pairs of averages, the wanted one last
     m = torch.minimum(s, t)
     products = g / (g + h - 1) * h * (m / t) ** g * (m / s) ** h / m
     A, b = products[:-1, :-1], products[:-1, -1]

@@ -133,7 +133,7 @@ def sample(
         latents: (B, C, H, W), noise of unit variance. The sampler works in their precision, float64 in the paper.
         sigma_steps: (N + 1,), the noise levels sigma(t_i), falling, the last one 0.
         labels: one-hot (B, K) or None.
-        schedule: sigma(t) and s(t).
+        schedule: sigma(t) and s(t); the steps of dpmpp_2m do not depend on it.
         solver: "heun" (2nd order, 2N - 1 evaluations), "euler" (1st order, N) or "dpmpp_2m" (2nd order, N, without churn).
         alpha: where in a step the second evaluation lies (Algorithm 3), in (0, 1]: 1 is Heun's method, 1/2 the midpoint
             method, 2/3 Ralston's.

@@ -50,6 +50,12 @@ def saved_steps(folder: Path, kind: str = "diffusion") -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
+def check_name(path: Path, option: str) -> None:
+    """Raise a `UserError` if a training run would take a file that this option names for one of its own."""
+    if re.fullmatch(r"(diffusion|snapshot)-\d+\.pt", path.name, re.ASCII):
+        raise UserError(f"{option}: a training run gives its own files names such as {path.name}; choose another name")
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Write a file whole or not at all: to a temporary file beside it, fsync, then rename.
 

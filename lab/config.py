@@ -21,6 +21,7 @@ from edm.unet import NETWORKS
 from lab.cli import UserError, brief, nearest
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+WITH_CHURN = ("heun", "euler")  # the solvers that S_churn applies to
 
 
 def as_number(value: object) -> object:
@@ -282,6 +283,9 @@ def from_dict(values: object, name: str, source: str, overrides: Iterable[str] =
     parsed = [parse_override(override) for override in overrides]
     for section, key, value in parsed:
         sections.setdefault(section, {})[key] = value
+    replaced = {f"{section}.{key}": value for section, key, value in parsed}
+    if "sampler.solver" in replaced and "sampler.S_churn" not in replaced and replaced["sampler.solver"] not in WITH_CHURN:
+        sections["sampler"]["S_churn"] = 0.0  # the churn was meant for another solver
     try:
         config = Config(name=name, **sections)
     except ValidationError as error:
@@ -375,11 +379,11 @@ def check_combinations(config: Config, source: str) -> None:
         refuse("training.accumulation", f"{training.accumulation} does not divide training.batch_size {training.batch_size}")
     if sampler.S_min > sampler.S_max:
         refuse("sampler.S_min", f"{sampler.S_min} must not be above sampler.S_max {sampler.S_max}")
-    if sampler.S_churn and sampler.solver == "dpmpp_2m":
-        refuse("sampler.S_churn", "the solver dpmpp_2m adds no noise; set S_churn to 0, or choose heun or euler")
+    if sampler.S_churn and sampler.solver not in WITH_CHURN:
+        refuse("sampler.S_churn", f"the solver {sampler.solver} has no churn; set S_churn to 0, or choose heun or euler")
     if sampler.guidance_min > sampler.guidance_max:
         refuse("sampler.guidance_min", f"{sampler.guidance_min} must not be above sampler.guidance_max {sampler.guidance_max}")
     if not network.label_dim and config.loss.label_dropout:
         refuse("loss.label_dropout", "needs a class-conditional network (network.label_dim above 0)")
     if not network.label_dim and sampler.guidance != 1 and not sampler.guide:
-        refuse("sampler.guidance", "needs a class-conditional network (network.label_dim above 0), or a sampler.guide")
+        refuse("sampler.guidance", "other than 1 needs a network with classes (network.label_dim above 0), or a sampler.guide")

@@ -1,10 +1,10 @@
-"""Make an average of the weights, of any width, from the snapshots of a run with ema.snapshot_every_n; a checkpoint."""
+"""Write a checkpoint with an average of the weights whose width is chosen after training, from the snapshots of a run."""
 
 from pathlib import Path
 
 from edm.ema import reconstruct
 from lab import checkpoint
-from lab.checkpoint import WIDTHS, checkpoint_path, saved_steps
+from lab.checkpoint import WIDTHS, check_name, checkpoint_path, saved_steps
 from lab.cli import Parser, UserError, run_script, whole_number
 
 MAX_RESIDUAL = 0.05  # of the profile; at 2.6% the weights were off by 0.1%
@@ -19,9 +19,7 @@ def main() -> None:
     parser.add_argument("--step", type=whole_number(1, 2**53), help="step of the average (default: that of the last snapshot)")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the checkpoint to write")
     args = parser.parse_args()
-    snapshots = (checkpoint_path(args.folder, step, "snapshot") for step in saved_steps(args.folder, "snapshot"))
-    if args.output.resolve() in {path.resolve() for path in snapshots}:
-        raise UserError(f"--output: {args.output} is one of the snapshots that averages are made from")
+    check_name(args.output, "--output")
     contents, summary = average(args.folder, args.width, args.step)
     checkpoint.save(args.output, contents)
     print(f"{args.output}: {summary}")
@@ -43,11 +41,11 @@ def average(folder: Path, width: float, step: int | None = None) -> tuple[dict, 
         factors, residual = reconstruct([(earlier, known) for earlier in steps for known in WIDTHS], (step, width))
     except ValueError as error:
         raise UserError(f"--width: {error}") from None
-    summary = f"{len(steps)} snapshots up to step {steps[-1]}, residual {residual:.2%}"
+    summary = f"{len(steps)} snapshot{'s' * (len(steps) > 1)} up to step {steps[-1]}, residual {residual:.2%}"
     if not residual <= MAX_RESIDUAL:
         raise UserError(
             f"{folder} cannot give an average of width {width:g} at step {step}: {summary}, of {MAX_RESIDUAL:.0%} allowed; "
-            f"try a width from {WIDTHS[0]:g} to {WIDTHS[1]:g} at the step of a snapshot"
+            f"the widths {WIDTHS[0]:g} and {WIDTHS[1]:g} at the step of a snapshot are always possible"
         )
     weights = {}
     for earlier, pair in zip(steps, factors.view(-1, len(WIDTHS)).tolist()):
@@ -55,8 +53,12 @@ def average(folder: Path, width: float, step: int | None = None) -> tuple[dict, 
         contents = checkpoint.load(path)
         for known, factor in zip(WIDTHS, pair):
             terms = contents.get("power_ema", {}).get(known, {})
-            if not terms or (weights and shapes(terms) != shapes(weights)):
-                raise UserError(f"{path} is not a snapshot, or belongs to another network than that of step {steps[0]}")
+            if contents["step"] != earlier or not terms or (weights and shapes(terms) != shapes(weights)):
+                raise UserError(
+                    f"{path} is not the snapshot of step {earlier}, or belongs to another network than that of step {steps[0]}"
+                )
+            if not all(tensor.isfinite().all() for tensor in terms.values()):
+                raise UserError(f"the weights in {path} are not finite numbers")
             weights = {name: weights.get(name, 0) + factor * tensor.double() for name, tensor in terms.items()}
     ema = {name: tensor.float() for name, tensor in weights.items()}
     contents = {"step": step, "name": contents["name"], "config": contents["config"], "ema": ema}

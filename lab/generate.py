@@ -64,7 +64,10 @@ def load_denoiser(
         raise UserError(f"preconditioning.sigma_data: {path} does not say what auto was measured to be; give the number")
     denoiser = build_network(config, contents["ema"], path).to(device, memory_format=torch.channels_last)
     if config.sampler.guide and Path(config.sampler.guide).resolve() == path.resolve():
-        raise UserError(f"sampler.guide: {path} cannot guide itself; null guides by the network without its classes")
+        instead = "; null guides by the network without its classes" if config.network.label_dim else ""
+        raise UserError(f"sampler.guide: {path} cannot guide itself{instead}")
+    if config.sampler.guide and config.sampler.guidance == 1:
+        raise UserError("sampler.guide: with sampler.guidance 1 the guide is not used; choose another weight, such as 2")
     denoiser.guide = load_guide(config, device, world)
     return config, denoiser.eval().requires_grad_(False), contents["step"]
 
@@ -231,9 +234,15 @@ def export(source: Path, target: Path, config_path: Path | None, overrides: list
         target: the file to write: safetensors for a name that ends in .safetensors, else in the format of checkpoints.
 
     Raises:
-        UserError: the source cannot be read, its weights do not fit its config, or the target cannot be written.
+        UserError: the source cannot be read, its weights do not fit its config, or the target cannot be written, or is a file
+            that a run, the source or the guide needs.
     """
+    checkpoint.check_name(target, "--export")
     config, denoiser, step = load_denoiser(source, config_path, overrides, torch.device("cpu"))
+    build_sampler(config)  # raises if its choices do not fit together
+    for path in filter(None, (source, config.sampler.guide)):
+        if target.resolve() == Path(path).resolve():
+            raise UserError(f"--export: {path} would be overwritten; choose another name")
     denoiser.guide = None
     ema = checkpoint.halved(denoiser.state_dict())
     checkpoint.save(target, {"step": step, "name": config.name, "config": config.to_dict(), "ema": ema})

@@ -1,14 +1,16 @@
-"""The Table 1 playground: every choice of the samplers as a live control, on toy data and on a trained network."""
+"""The playground: solvers, schedules, churn and guidance as live controls, on toy data and on trained networks."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+from matplotlib.figure import Figure
 
 from edm.sampler import SOLVERS
 from edm.schedule import DISCRETIZATIONS, SCALINGS, SCHEDULES
 from lab.live import Live, control, in_line, is_static, live, show, values_of, widgets
-from lab.paths import FILES, FOUR, GUIDANCE, NETWORKS, ONE, VIEWS, draw, preset
+from lab.trajectories import FILES, FOUR, GUIDANCE, ONE, TRAINED, VIEWS, draw, preset
 
-DATA = ("two peaks", "two points", "2-D mixture", "2-D spiral", *NETWORKS)
+DATA = ("two peaks", "two points", "2-D mixture", "2-D spiral", *TRAINED)
 ALT = "Paths of a sampler from noise to data, with its error and the number of evaluations of the denoiser"
 START = {"data": DATA[0], "view": ONE, "N": 8, "seed": 0, "class_index": "all", **preset("EDM")}
 START |= {"guidance": 1.5, "guidance_min": 0.001, "guidance_max": 250.0}
@@ -21,9 +23,9 @@ def applies(name: str, settings: dict[str, object]) -> bool:
     if name in ("guidance_min", "guidance_max") and settings["guidance"] == 1:
         return False
     if name in GUIDANCE:
-        return settings["data"] in NETWORKS
+        return settings["data"] in TRAINED
     if name == "class_index":
-        return settings["data"] in NETWORKS and settings["data"] != "digits without classes"
+        return settings["data"] in TRAINED and settings["data"] != "digits without classes"
     if settings["view"] == FOUR:
         return False
     if name == "solver":
@@ -35,6 +37,11 @@ def applies(name: str, settings: dict[str, object]) -> bool:
     if name == "rho":
         return settings["discretization"] == "edm"
     return name not in ("S_min", "S_max", "S_noise") or settings["S_churn"] > 0
+
+
+def draw_used(**settings: object) -> Iterator[Figure | None]:
+    """Draw these settings; those that do not apply are as at the start."""
+    return draw(**{name: value if applies(name, settings) else START[name] for name, value in settings.items()})
 
 
 def make_controls() -> dict[str, "widgets.Widget"]:
@@ -115,5 +122,5 @@ def playground() -> None:
     if is_static():  # a picture for each preset
         return live(lambda column: draw(**START | preset(column)), ALT, column=list(FILES))
     controls = make_controls()
-    shown = Live(draw, ALT, controls, make_panel(controls))
+    shown = Live(draw_used, ALT, controls, make_panel(controls))
     show(shown.view, shown.png, ALT)

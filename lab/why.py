@@ -14,7 +14,7 @@ from lab.cli import Parser, UserError, run_script, whole_number
 from lab.config import Config, with_overrides
 from lab.data import to_uint8
 from lab.device import autocast, autocast_dtype, explain_device_errors, pick_device
-from lab.generate import add_checkpoint_arguments, load_denoiser, noise_and_labels, on_evaluation
+from lab.generate import NO_GUIDANCE, add_checkpoint_arguments, load_denoiser, noise_and_labels, on_evaluation
 from lab.metrics import Comparison, real_images
 
 SAMPLERS = {  # the sampling rows of Table 1
@@ -24,7 +24,7 @@ SAMPLERS = {  # the sampling rows of Table 1
     "EDM": {"discretization": "edm", "schedule": "linear", "scaling": "none", "solver": "heun"},
 }
 COLORS = pictures.COLORS | {"DDIM": pictures.COLORS["iDDPM"]}
-ODE = ["sampler.S_churn=0", "sampler.guidance=1", "sampler.clip=false"]  # the trained denoiser's own, unless overridden
+ODE = ["sampler.S_churn=0", *NO_GUIDANCE, "sampler.clip=false"]  # the trained denoiser's own, unless overridden
 EVALUATIONS = [5, 9, 17, 35, 79]  # odd, as N steps of Heun's method take 2 N - 1
 EXACT = 999  # evaluations of the solution that counts as exact
 NUM_SOLVED = 10  # images of which there is an exact solution

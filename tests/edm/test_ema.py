@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from edm.ema import PowerEMA, gamma_of, reconstruct, width
+from edm.ema import PowerEMA, gamma_of, reconstruct, sigma_rel_of
 
 NODES, NODE_WEIGHTS = numpy.polynomial.legendre.leggauss(100)  # of Gauss-Legendre quadrature, on [-1, 1]
 
@@ -20,9 +20,9 @@ def test_the_width_is_the_standard_deviation_of_the_profile():
     for sigma_rel in (0.01, 0.05, 0.10, 0.25):
         p = NODE_WEIGHTS / 2 * profile(tau := (1 + NODES) / 2, 1, gamma_of(sigma_rel))
         assert (p @ (tau - p @ tau) ** 2) ** 0.5 == pytest.approx(sigma_rel, rel=1e-6)
-        assert width(gamma_of(sigma_rel)) == pytest.approx(sigma_rel, rel=1e-12)
+        assert sigma_rel_of(gamma_of(sigma_rel)) == pytest.approx(sigma_rel, rel=1e-12)
     for sigma_rel in (-0.1, 0, 12**-0.5, 0.29, math.inf, math.nan):
-        with pytest.raises(ValueError, match=r"above 0 and below 0\.2887, not"):
+        with pytest.raises(ValueError, match=r"above 0 and below 0\.288675, not"):
             gamma_of(sigma_rel)
 
 
@@ -39,7 +39,7 @@ def test_the_average_of_weights_on_a_polynomial_path_is_that_of_the_formula(asse
     }
     for gamma, means in expected.items():
         net = nn.Linear(2, 1, bias=False, dtype=torch.float64)
-        average = PowerEMA(net, width(gamma))
+        average = PowerEMA(net, sigma_rel_of(gamma))
         for k in range(1, N + 1):
             nn.init.constant_(net.weight, k)
             net.weight.data[0, 1] = k**2
@@ -55,7 +55,7 @@ def test_the_residual_is_that_of_the_integrals():
         tau = numpy.concatenate([a * unit, a + (b - a) * unit])  # one profile ends at a
         weight = numpy.concatenate([a * weights, (b - a) * weights])
         known, wanted = profile(tau, s, gamma), profile(tau, t, delta)
-        x, residual = reconstruct([(s, width(gamma))], (t, width(delta)))
+        x, residual = reconstruct([(s, sigma_rel_of(gamma))], (t, sigma_rel_of(delta)))
         assert x.tolist() == [1]
         assert residual**2 == pytest.approx(weight @ (known - wanted) ** 2 / (weight @ wanted**2), rel=1e-9)
 
@@ -70,7 +70,7 @@ def test_reconstruction_is_exact_for_weights_on_a_polynomial_path(assert_close):
         gamma = gamma_of(sigma_rel)
         return 3 + sum(c * (gamma + 1) / (gamma + n + 1) * (t / 8) ** n for c, n in ((4, 3), (-8, 7)))
 
-    known = [(t, width(gamma)) for t in range(1, 9) for gamma in (3, 7)]
+    known = [(t, sigma_rel_of(gamma)) for t in range(1, 9) for gamma in (3, 7)]
     averages = torch.tensor([average(*pair) for pair in known], dtype=torch.float64)
     for target in ((8, 0.03), (8, 0.08), (8, 0.2), (5.5, 0.1)):
         x, residual = reconstruct(known, target)

@@ -84,9 +84,18 @@ def test_the_small_configs_differ_by_what_their_papers_say():
     sampler = {"sampler.solver", "sampler.sampling_steps", "sampler.clip", "sampler.S_churn", "sampler.guidance"}
     others = {"training.learning_rate", "preconditioning.sigma_data"}
     assert changed("edm_small", "ddpm_small") == COLUMN | length | sampler | others
-    assert changed("edm_small", "edm_small_uncond") == {"network.label_dim", "loss.label_dropout"}
+    unconditional = {"network.label_dim", "loss.label_dropout", "loss.P_mean", "loss.P_std"}
+    assert changed("edm_small", "edm_small_uncond") == changed("edm_laptop", "edm_laptop_uncond") == unconditional
     learned = {"preconditioning.formulation", "loss.objective", "network.architecture", "sampler.variance", "chain.betas"}
     assert changed("ddpm_small", "iddpm_small") == learned
+
+
+def test_a_solver_without_churn_switches_it_off():
+    small = configs.load(configs.CONFIGS / "edm_small.yaml")
+    for solver, S_churn in {"dpmpp_2m": 0, "ddim": 0, "ancestral": 0, "euler": 10, "heun": 10}.items():
+        assert configs.with_overrides(small, [f"sampler.solver={solver}"], "x").sampler.S_churn == S_churn
+    with pytest.raises(UserError, match="the solver ddim has no churn"):
+        configs.with_overrides(small, ["sampler.solver=ddim", "sampler.S_churn=10"], "x")
 
 
 def write(folder: Path, **files: str) -> Path:
@@ -177,10 +186,11 @@ IMPOSSIBLE = {
     # choices that do not fit together
     "training.accumulation=3": "3 does not divide training.batch_size 64",
     "sampler.S_min=2 sampler.S_max=1": "sampler.S_min: 2.0 must not be above sampler.S_max 1.0",
-    "sampler.guidance=2": "sampler.guidance: needs a class-conditional network (network.label_dim above 0), or a sampler.guide",
+    "sampler.guidance=2": "sampler.guidance: other than 1 needs a network with classes (network.label_dim above 0), or a",
     "sampler.guidance_min=2 sampler.guidance_max=1": "sampler.guidance_min: 2.0 must not be above sampler.guidance_max 1.0",
     "sampler.guide=": "sampler.guide: must have at least 1 character",
-    "sampler.solver=dpmpp_2m sampler.S_churn=1": "sampler.S_churn: the solver dpmpp_2m adds no noise",
+    "sampler.solver=dpmpp_2m sampler.S_churn=1": "sampler.S_churn: the solver dpmpp_2m has no churn",
+    "sampler.solver=ddim sampler.S_churn=1": "sampler.S_churn: the solver ddim has no churn",
     "loss.label_dropout=0.1": "loss.label_dropout: needs a class-conditional network",
     "network.channel_mult=[1,1,1,1,1,1,1]": "halve the image 6 times",
     "network.attn_resolutions=[15]": "15 is not a resolution of this network; allowed: 32, 16, 8",

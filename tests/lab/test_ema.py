@@ -102,12 +102,15 @@ def test_what_cannot_be_made_is_refused_in_one_line(train, tiny, script, tmp_pat
     assert f"{trained.parent} holds no snapshot-*.pt; a run with {EVERY}" in refusal(trained.parent, "--width", 0.07)
     folder = train(tiny, f"{EVERY}=1")
     for width in (-1, 0, 0.2887, "nan"):
-        assert "--width: the width of an average is above 0 and below 0.2887, not" in refusal(folder, f"--width={width}")
+        assert "--width: the width of an average is above 0 and below 0.288675, not" in refusal(folder, f"--width={width}")
     for options in (("--width", 0.01), ("--width", 0.25), ("--width", 0.07, "--step", 9)):
-        expected = r"6 snapshots up to step 6, residual \d+\.\d\d%, of 5% allowed; try a width from 0\.05 to 0\.1 at the step"
+        expected = r"6 snapshots up to step 6, residual \d+\.\d\d%, of 5% allowed; the widths 0\.05 and 0\.1 at the step"
         assert re.search(expected, refusal(folder, *options))
-    code, _, err = script("lab/ema.py", folder, "--width", 0.07, "--output", folder / "snapshot-2.pt")
-    assert code == 2 and "is one of the snapshots" in err
+    for name in ("snapshot-2.pt", "snapshot-99.pt", "diffusion-6.pt"):
+        before = (folder / name).exists() and (folder / name).read_bytes()
+        code, _, err = script("lab/ema.py", folder, "--width", 0.07, "--output", folder / name)
+        assert code == 2 and f"a training run gives its own files names such as {name}; choose another" in err
+        assert ((folder / name).exists() and (folder / name).read_bytes()) == before
     (folder / "snapshot-1.pt").unlink()
     assert "holds no snapshot-*.pt up to step 1;" in refusal(folder, "--width", 0.07, "--step", 1)
 
@@ -116,11 +119,16 @@ def test_what_cannot_be_made_is_refused_in_one_line(train, tiny, script, tmp_pat
     path.write_bytes(whole[:-1000])
     assert "snapshot-4.pt is damaged" in refusal(folder, "--width", 0.07)
     other = train(tiny, f"{EVERY}=4", "network.model_channels=16", LAST_STEP, 4, output="other") / "snapshot-4.pt"
-    for source in (other, trained):
+    for source in (other, trained, folder / "snapshot-5.pt"):
         path.write_bytes(source.read_bytes())
-        assert "snapshot-4.pt is not a snapshot, or belongs to another network than that of step 2" in refusal(
+        assert "snapshot-4.pt is not the snapshot of step 4, or belongs to another network than that of step 2" in refusal(
             folder, "--width", 0.07
         )
+    contents = checkpoint.load(folder / "snapshot-6.pt")
+    for weights in contents["power_ema"].values():
+        next(iter(weights.values())).fill_(torch.nan)
+    checkpoint.save(path, contents | {"step": 4})
+    assert "the weights in" in (error := refusal(folder, "--width", 0.07)) and "snapshot-4.pt are not finite numbers" in error
     contents = checkpoint.load(folder / "snapshot-6.pt")
     for averages in ([], {0.05: contents["ema"]}, {0.05: contents["ema"], 0.1: {"x": 3}}):
         checkpoint.save(path, contents | {"power_ema": averages})

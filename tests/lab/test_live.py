@@ -12,13 +12,13 @@ from edm.exact import GaussianMixture
 from edm.sampler import sample
 from edm.schedule import RANGES
 from lab import live as module
-from lab import paths
+from lab import trajectories
 from lab.build import table_1
 from lab.cli import UserError
 from lab.live import Live, control, first_value, live, prepared
-from lab.paths import FOUR, GUIDANCE, ONE, preset, results, solution
-from lab.playground import START, applies, make_controls, make_panel
+from lab.playground import START, applies, draw_used, make_controls, make_panel
 from lab.seeds import ImageNoise
+from lab.trajectories import FOUR, GUIDANCE, ONE, preset, results, solution_of
 
 
 def titled(title: object) -> Figure:
@@ -165,17 +165,17 @@ def test_a_run_is_that_of_the_package(assert_close):
     """For each preset: the same paths as from `edm` by hand."""
     mixture = GaussianMixture(torch.tensor([[-1.0], [1.0]]), torch.full((2, 1, 1), 0.04))
     latents = ImageNoise(list(range(24, 48)), (1, 1, 1), torch.device("cpu"), torch.float64)()
-    for name in paths.FILES:
+    for name in trajectories.FILES:
         chosen = preset(name)
         rows = {row: chosen[row] for row in ("discretization", "schedule", "scaling")}
         sigma_steps, schedule = table_1(6, **rows)
         states = list(sample(mixture, latents, sigma_steps, schedule=schedule, solver=chosen["solver"]))
-        run, _, exact, _ = result(N=6, seed=1, **chosen)
-        assert exact.run.sigma[0] == pytest.approx(run.sigma[0])  # the same problem
-        assert_close(run.x[1:], torch.stack([state.x for state in states]))
-        assert run.sigma == sigma_steps.tolist()
-        assert_close(run.x[0], latents * sigma_steps[0])
-        assert run.evaluations == (11 if name == "EDM" else 6)
+        found, _, solution, _ = result(N=6, seed=1, **chosen)
+        assert solution.trajectories.sigma[0] == pytest.approx(found.sigma[0])  # the same problem
+        assert_close(found.x[1:], torch.stack([state.x for state in states]))
+        assert found.sigma == sigma_steps.tolist()
+        assert_close(found.x[0], latents * sigma_steps[0])
+        assert found.evaluations == (11 if name == "EDM" else 6)
 
 
 def test_errors_fall_with_the_order_of_the_solver():
@@ -232,14 +232,24 @@ def test_controls_that_change_nothing_are_switched_off():
 
 def test_ddim_and_churn_and_impossible_settings():
     ddim = result(solver="ddim", N=50)
-    assert ddim.run.evaluations == 50 and ddim.run.sigma[0] > 150 and ddim.error < 0.1
+    assert ddim.trajectories.evaluations == 50 and ddim.trajectories.sigma[0] > 150 and ddim.error < 0.1
     churned = [result(S_churn=40.0, S_noise=noise) for noise in (1.0, 1.1)]
-    assert "random" in churned[0].caption() and not torch.equal(churned[0].run.x[-1], churned[1].run.x[-1])
+    assert "random" in churned[0].caption() and not torch.equal(churned[0].trajectories.x[-1], churned[1].trajectories.x[-1])
     with pytest.raises(UserError, match="lower sigma_min"):
         finish(results(**START | preset("VP") | {"sigma_min": 1.0}))
-    assert not result(solver="dpmpp_2m", S_churn=40.0).is_random
     with pytest.raises(UserError, match="S_min"):
-        paths.sampler_config("two peaks", 8, S_min=2.0, S_max=1.0)
+        trajectories.sampler_config("two peaks", 8, S_min=2.0, S_max=1.0)
+
+
+def test_a_setting_that_does_not_apply_is_not_used(monkeypatch):
+    seen = []
+    monkeypatch.setattr("lab.playground.draw", lambda **settings: seen.append(settings))
+    draw_used(**START | {"solver": "dpmpp_2m", "S_churn": 40.0, "S_min": 5.0, "S_max": 2.0, "schedule": "vp"})
+    draw_used(**START | {"data": "ten digits", "guidance": 1.0, "guidance_min": 5.0, "guidance_max": 2.0})
+    draw_used(**START | {"S_churn": 40.0, "S_min": 0.1})
+    assert seen[0] == START | {"solver": "dpmpp_2m"}
+    assert seen[1] == START | {"data": "ten digits", "guidance": 1.0}
+    assert seen[2] == START | {"S_churn": 40.0, "S_min": 0.1}
 
 
 def test_a_solution_is_continued_where_it_was_interrupted():
@@ -248,36 +258,38 @@ def test_a_solution_is_continued_where_it_was_interrupted():
     for _ in range(500):
         next(computation)
     computation.close()
-    exact = solution("two peaks", 80.0, (), 7, None)
-    assert exact.run is None and sum(1 for _ in exact.steps) < 1000 - 450
-    assert exact.run.evaluations == 1999 and finish(results(**settings))[ONE].solution is exact
+    solution = solution_of("two peaks", 80.0, (), 7, None)
+    assert solution.trajectories is None and sum(1 for _ in solution.steps) < 1000 - 450
+    assert solution.trajectories.evaluations == 1999 and finish(results(**settings))[ONE].solution is solution
 
 
 def test_digits_are_drawn_by_the_shipped_network(monkeypatch):
     """Guidance doubles the evaluations in its interval; the class holds for all ten; there is a figure before and after the
     solution, which has the same guidance."""
-    assert [paths.problem(data).config.name for data in paths.NETWORKS] == [name for name, _ in paths.NETWORKS.values()]
-    solution.cache_clear()
-    problem = paths.problem("ten digits")
-    monkeypatch.setattr(paths, "problem", lambda data: problem._replace(fine=3, count=2))
+    assert [trajectories.load_problem(data).config.name for data in trajectories.TRAINED] == [
+        name for name, _ in trajectories.TRAINED.values()
+    ]
+    solution_of.cache_clear()
+    problem = trajectories.load_problem("ten digits")
+    monkeypatch.setattr(trajectories, "load_problem", lambda data: problem._replace(fine=3, count=2))
     settings = START | {"data": "ten digits", "N": 2, "class_index": 3}
     found = finish(results(**settings))[ONE]
-    assert found.run.evaluations == 6 and found.run.x.shape == (3, 2, 1, 32, 32)
-    assert finish(results(**settings | {"guidance": 1.0}))[ONE].run.evaluations == 3
+    assert found.trajectories.evaluations == 6 and found.trajectories.x.shape == (3, 2, 1, 32, 32)
+    assert finish(results(**settings | {"guidance": 1.0}))[ONE].trajectories.evaluations == 3
     low = finish(results(**settings | {"guidance_max": 10.0}))[ONE]
-    assert low.run.evaluations == 5 and not torch.equal(low.solution.run.x, found.solution.run.x)
+    assert low.trajectories.evaluations == 5 and not torch.equal(low.solution.trajectories.x, found.solution.trajectories.x)
     other = finish(results(**settings | {"class_index": "all"}))[ONE]
-    assert not torch.equal(other.run.x[-1], found.run.x[-1]) and found.error > 0
-    solution.cache_clear()
-    figures = [figure for figure in paths.draw(**settings) if figure]
+    assert not torch.equal(other.trajectories.x[-1], found.trajectories.x[-1]) and found.error > 0
+    solution_of.cache_clear()
+    figures = [figure for figure in trajectories.draw(**settings) if figure]
     assert len(figures) == 2 and all(isinstance(figure, Figure) for figure in figures)
 
 
 def test_digits_without_classes_are_guided_by_a_worse_network(monkeypatch):
-    problem = paths.problem("digits without classes")
-    monkeypatch.setattr(paths, "problem", lambda data: problem._replace(fine=3, count=2))
+    problem = trajectories.load_problem("digits without classes")
+    monkeypatch.setattr(trajectories, "load_problem", lambda data: problem._replace(fine=3, count=2))
     settings = START | {"data": "digits without classes", "N": 2, "S_churn": 0.0}
-    guide, alone, twice = (finish(results(**settings | {"guidance": weight}))[ONE].run for weight in (0.0, 1.0, 2.0))
+    guide, alone, twice = (finish(results(**settings | {"guidance": weight}))[ONE].trajectories for weight in (0.0, 1.0, 2.0))
     assert (alone.evaluations, twice.evaluations) == (3, 6)
     # All three start at the same x, so the first denoised images lie on a line: D_guide, D and twice as far.
     assert torch.allclose(twice.denoised[0] - alone.denoised[0], alone.denoised[0] - guide.denoised[0], atol=1e-5)
@@ -287,9 +299,9 @@ def test_digits_without_classes_are_guided_by_a_worse_network(monkeypatch):
 @pytest.mark.parametrize("view", [ONE, FOUR])
 @pytest.mark.parametrize("data", ["two points", "2-D mixture", "2-D spiral"])
 def test_every_toy_problem_is_drawn(data, view, monkeypatch):
-    solution.cache_clear()
-    problem = paths.problem(data)
-    monkeypatch.setattr(paths, "problem", lambda data: problem._replace(fine=20))
-    figure = finish(paths.draw(**START | {"data": data, "view": view}))
+    solution_of.cache_clear()
+    problem = trajectories.load_problem(data)
+    monkeypatch.setattr(trajectories, "load_problem", lambda data: problem._replace(fine=20))
+    figure = finish(trajectories.draw(**START | {"data": data, "view": view}))
     assert len(figure.axes) == (8 if view == FOUR else 2) and module.png(figure)
-    solution.cache_clear()
+    solution_of.cache_clear()

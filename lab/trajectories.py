@@ -1,4 +1,4 @@
-"""Paths of samplers from noise to data, on toy data and on trained networks: computed, compared with the solution, drawn."""
+"""Trajectories of samplers from noise to data, on toy data and on trained networks: computed, compared, drawn."""
 
 import functools
 import math
@@ -22,7 +22,7 @@ from lab.generate import class_labels, load_denoiser
 from lab.pictures import COLORS, grid, style
 from lab.seeds import ImageNoise, generator_for
 
-NETWORKS = {  # by data, the files in assets/: the network, and its guide unless that is the network without classes
+TRAINED = {  # by data, the files in assets/: the network, and its guide unless that is the network without classes
     "ten digits": ("edm_small", None),
     "ten digits, larger network": ("edm_laptop", None),
     "digits without classes": ("edm_small_uncond", "edm_small_uncond_guide"),
@@ -57,10 +57,10 @@ class Problem(NamedTuple):
 
 
 @functools.cache
-def problem(data: str) -> Problem:
-    """Return the problem of this name: toy data, or one of `NETWORKS`."""
-    if data in NETWORKS:
-        path, guide = (name and Path(__file__).parents[1] / "assets" / f"{name}.safetensors" for name in NETWORKS[data])
+def load_problem(data: str) -> Problem:
+    """Return the problem of this name: toy data, or one of `TRAINED`."""
+    if data in TRAINED:
+        path, guide = (name and Path(__file__).parents[1] / "assets" / f"{name}.safetensors" for name in TRAINED[data])
         overrides = [f"sampler.guide={guide}"] if guide else []
         config, denoiser, _ = load_denoiser(path, None, overrides, torch.device("cpu"))
         shape = (config.data.channels, config.data.resolution, config.data.resolution)
@@ -90,7 +90,7 @@ def sampler_config(data: str, N: int, **choices: object) -> Config:
     Raises:
         UserError: they do not fit together.
     """
-    values = problem(data).config.to_dict()
+    values = load_problem(data).config.to_dict()
     values["sampler"] |= {"sampling_steps": N, **choices}
     return configs.from_dict(values, "playground", "these settings")
 
@@ -121,7 +121,7 @@ class Counted:
         return self.denoiser(*args, **options)
 
 
-class Run(NamedTuple):
+class Trajectories(NamedTuple):
     """What a sampler does in N steps, for B samples."""
 
     sigma: list[float]  # (N + 1,), the noise levels
@@ -130,9 +130,9 @@ class Run(NamedTuple):
     evaluations: int  # of D and its guide
 
 
-def run(data: str, config: Config, seed: int, class_index: int | None) -> Generator[None, None, Run]:
-    """Sample; yields after each step, and returns the run."""
-    net, _, shape, count, *_ = problem(data)
+def follow(data: str, config: Config, seed: int, class_index: int | None) -> Generator[None, None, Trajectories]:
+    """Sample; yields after each step, and returns the trajectories."""
+    net, _, shape, count, *_ = load_problem(data)
     net, seeds, (sigma, _) = Counted(net), list(range(count * seed, count * (seed + 1))), start_and_schedule(config)
     noise = ImageNoise(seeds, shape, torch.device("cpu"), torch.float64)
     latents, labels, states = noise(), class_labels(seeds, config.network.label_dim, class_index), []
@@ -141,7 +141,7 @@ def run(data: str, config: Config, seed: int, class_index: int | None) -> Genera
         yield
     x = torch.stack([sigma * latents, *(state.x for state in states)])
     denoised = torch.stack([state.denoised for state in states])
-    return Run([sigma, *(state.sigma for state in states)], x, denoised, net.evaluations)
+    return Trajectories([sigma, *(state.sigma for state in states)], x, denoised, net.evaluations)
 
 
 class Solution:
@@ -151,21 +151,21 @@ class Solution:
         self, data: str, sigma_max: float, guidance: tuple[tuple[str, float], ...], seed: int, class_index: int | None
     ):
         options = preset("EDM") | {"sigma_max": sigma_max, **dict(guidance)}
-        config = sampler_config(data, problem(data).fine, **options)
-        self.run: Run | None = None  # until the last step
+        config = sampler_config(data, load_problem(data).fine, **options)
+        self.trajectories: Trajectories | None = None  # until the last step
         self.steps = self.solve(data, config, seed, class_index)
 
     def solve(self, *arguments: object) -> Iterator[None]:
-        self.run = yield from run(*arguments)
+        self.trajectories = yield from follow(*arguments)
 
 
-solution = functools.lru_cache(maxsize=16)(Solution)
+solution_of = functools.lru_cache(maxsize=16)(Solution)
 
 
 class Result(NamedTuple):
-    """A run, and what it is compared with."""
+    """The trajectories of a sampler, and what they are compared with."""
 
-    run: Run
+    trajectories: Trajectories
     schedule: Schedule
     solution: Solution
     is_random: bool  # with churn
@@ -173,12 +173,12 @@ class Result(NamedTuple):
     @property
     def error(self) -> float:
         """The root mean square distance of the samples from those of the solution, which has ended."""
-        return (self.run.x[-1] - self.solution.run.x[-1]).square().mean().sqrt().item()
+        return (self.trajectories.x[-1] - self.solution.trajectories.x[-1]).square().mean().sqrt().item()
 
     def caption(self, between: str = ", ") -> str:
         """Return the error and the number of evaluations in words."""
-        error = "random paths" if self.is_random else f"error {self.error:.2g}" if self.solution.run else "error: computing"
-        return f"{error}{between}{self.run.evaluations} evaluations"
+        error = f"error {self.error:.2g}" if self.solution.trajectories else "error: computing"
+        return f"{'random paths' if self.is_random else error}{between}{self.trajectories.evaluations} evaluations"
 
 
 def results(
@@ -189,21 +189,19 @@ def results(
     They are yielded twice if the solution is not known yet: before and after it is computed.
     """
     guidance = {name: choices.pop(name) for name in GUIDANCE}
-    if data not in NETWORKS:  # there are no classes
+    if data not in TRAINED:  # there are no classes
         guidance = {}
-    class_index = None if class_index == "all" or data not in NETWORKS else class_index
-    if choices["solver"] == "dpmpp_2m":
-        choices["S_churn"] = 0.0
+    class_index = None if class_index == "all" or data not in TRAINED else class_index
     chosen = {name: preset(name) for name in FILES} if view == FOUR else {ONE: choices}
     found = {}
     for name, options in chosen.items():
         config = sampler_config(data, N, **options, **guidance)
         sigma_max, schedule = start_and_schedule(config)
-        result = yield from run(data, config, seed, class_index)
-        exact = solution(data, sigma_max, tuple(guidance.items()), seed, class_index)
-        found[name] = Result(result, schedule, exact, config.sampler.S_churn > 0)
+        trajectories = yield from follow(data, config, seed, class_index)
+        solution = solution_of(data, sigma_max, tuple(guidance.items()), seed, class_index)
+        found[name] = Result(trajectories, schedule, solution, config.sampler.S_churn > 0)
     for result in found.values():
-        if result.solution.run is None:
+        if result.solution.trajectories is None:
             yield found
             for _ in result.solution.steps:  # `yield from` would end them where it is interrupted
                 yield
@@ -215,9 +213,10 @@ def results(
 
 def draw(**settings: object) -> Iterator[Figure | None]:
     """Yield a picture for each of the `results` of these settings, and None where there are none yet."""
-    of = problem(settings["data"])
+    problem = load_problem(settings["data"])
+    draw_found = draw_digits if settings["data"] in TRAINED else draw_paths
     for found in results(**settings):
-        yield found and (draw_digits if settings["data"] in NETWORKS else draw_paths)(of, found)
+        yield found and draw_found(problem, found)
 
 
 def figure_of(height: int, layout: str) -> Figure:
@@ -226,7 +225,7 @@ def figure_of(height: int, layout: str) -> Figure:
 
 
 @style()
-def draw_paths(of: Problem, found: dict[str, Result]) -> Figure:
+def draw_paths(problem: Problem, found: dict[str, Result]) -> Figure:
     """Draw the paths s(t) x, whole and below noise level 1, over the solutions in grey."""
     four = len(found) > 1
     figure = figure_of(560 if four else 400, "none")
@@ -234,30 +233,28 @@ def draw_paths(of: Problem, found: dict[str, Result]) -> Figure:
     margins = {"left": 0.06, "right": 0.965, "wspace": 0.35, "hspace": 0.35} if four else {"left": 0.09, "right": 0.98}
     figure.subplots_adjust(bottom=0.13, top=0.87 if four else 0.91, **margins)  # a computed layout takes longer than the rest
     for (name, result), panels in zip(found.items(), columns):
-        for panel, highest in zip(panels, (result.run.sigma[0], 1.0)):
-            draw_panel(panel, of, result, COLORS.get(name, COLORS["EDM"]), highest, bare=four)
+        for panel, highest in zip(panels, (result.trajectories.sigma[0], 1.0)):
+            draw_panel(panel, problem, result, COLORS.get(name, COLORS["EDM"]), highest, bare=four)
         title = f"{name}\n{result.caption(chr(10))}" if four else result.caption()
         panels[0].set_title(title)
     if four:
         columns[0][0].set_ylabel("whole paths")
         columns[0][1].set_ylabel(r"where $\sigma < 1$")
     else:
-        columns[0][1].set_title(rf"where $\sigma < 1$; grey: {of.fine:,} steps of Heun's method")
+        columns[0][1].set_title(rf"where $\sigma < 1$; grey: {problem.fine:,} steps of Heun's method")
     return figure
 
 
-def draw_panel(panel: Axes, of: Problem, result: Result, color: str, highest: float, bare: bool) -> None:
+def draw_panel(panel: Axes, problem: Problem, result: Result, color: str, highest: float, bare: bool) -> None:
     """Draw the paths in a window that shows the noise levels up to `highest`; a bare panel has few numbers."""
-    time, plane = result.schedule.t(highest), of.shape[-1] == 2
-    reach = 2 * result.schedule.s(time) * highest + of.points.abs().max().item()
-    if result.solution.run:
-        panel.add_collection(
-            LineCollection(lines(result.solution.run, result.schedule, every=5), colors="gray", linewidths=0.7)
-        )
-    paths = lines(result.run, result.schedule)
+    time, plane = result.schedule.t(highest), problem.shape[-1] == 2
+    reach = 2 * result.schedule.s(time) * highest + problem.points.abs().max().item()
+    if solution := result.solution.trajectories:
+        panel.add_collection(LineCollection(lines(solution, result.schedule, every=5), colors="gray", linewidths=0.7))
+    paths = lines(result.trajectories, result.schedule)
     panel.add_collection(LineCollection(paths, colors=color, linewidths=1))
     panel.plot(*paths.flatten(0, 1).T, ".", color=color, markersize=4)
-    points = of.points if plane else torch.cat([torch.zeros_like(of.points), of.points], dim=1)
+    points = problem.points if plane else torch.cat([torch.zeros_like(problem.points), problem.points], dim=1)
     panel.plot(*points.T, ".", color="black", markersize=3, zorder=3 - plane)
     panel.set(xlim=(-reach, reach) if plane else (0, time), ylim=(-reach, reach))
     if bare:
@@ -268,9 +265,9 @@ def draw_panel(panel: Axes, of: Problem, result: Result, color: str, highest: fl
         panel.set(xlabel="t", ylabel="" if bare else "s(t) x")
 
 
-def lines(run: Run, schedule: Schedule, every: int = 1) -> torch.Tensor:
-    """Return the paths as points of the plane (B, n, 2): s(t) x in two dimensions, or over t in one."""
-    sigma, x = run.sigma[::every], run.x[::every].flatten(2)
+def lines(trajectories: Trajectories, schedule: Schedule, every: int = 1) -> torch.Tensor:
+    """Return them as points of the plane (B, n, 2): s(t) x in two dimensions, or over t in one."""
+    sigma, x = trajectories.sigma[::every], trajectories.x[::every].flatten(2)
     t = torch.tensor([schedule.t(level) for level in sigma], dtype=torch.float64)[:, None, None].expand(-1, x.shape[1], 1)
     s = torch.tensor([schedule.s(moment) for moment in t[:, 0, 0].tolist()], dtype=torch.float64)
     path = s[:, None, None] * x
@@ -278,22 +275,23 @@ def lines(run: Run, schedule: Schedule, every: int = 1) -> torch.Tensor:
 
 
 @style()
-def draw_digits(of: Problem, found: dict[str, Result]) -> Figure:
+def draw_digits(problem: Problem, found: dict[str, Result]) -> Figure:
     """Draw the ten digits of each sampler, and the last one's solution; for one sampler also the steps of the first digit."""
-    *_, (run, _, exact, _) = found.values()
-    four = len(found) > 1
-    images = [result.run.x[-1] for result in found.values()] + [exact.run.x[-1] if exact.run else torch.zeros_like(run.x[-1])]
+    *_, last = found.values()
+    (sigma, x, denoised, _), solution, four = last.trajectories, last.solution.trajectories, len(found) > 1
+    images = [result.trajectories.x[-1] for result in found.values()]
+    images.append(solution.x[-1] if solution else torch.zeros_like(x[-1]))
     names = [f"{name}\n{result.caption(chr(10))}" if four else result.caption("\n") for name, result in found.items()]
-    names.append(f"{of.fine} steps" if exact.run else f"{of.fine} steps: computing")
+    names.append(f"{problem.fine} steps" if solution else f"{problem.fine} steps: computing")
     figure = figure_of(430, "constrained")
     digits, film = figure.subplots(2) if not four else (figure.subplots(), None)
     show_images(digits, torch.stack(images), names)
     if film:
-        sigma_data, last = of.config.preconditioning.sigma_data, len(run.denoised) - 1
-        steps = torch.linspace(0, last, min(last + 1, 10)).round().long().tolist()
-        x = [run.x[step, 0] * sigma_data / math.hypot(run.sigma[step], sigma_data) for step in steps]
-        levels = [f"{run.sigma[step]:.3g}" for step in steps]
-        show_images(film, torch.stack([torch.stack(x), run.denoised[steps, 0]]), ["x", r"D(x; $\sigma$)"], levels)
+        sigma_data, N = problem.config.preconditioning.sigma_data, len(denoised)
+        steps = torch.linspace(0, N - 1, min(N, 10)).round().long().tolist()
+        noisy = torch.stack([x[step, 0] * sigma_data / math.hypot(sigma[step], sigma_data) for step in steps])
+        levels = [f"{sigma[step]:.3g}" for step in steps]
+        show_images(film, torch.stack([noisy, denoised[steps, 0]]), ["x", r"D(x; $\sigma$)"], levels)
         film.set_xlabel(r"noise level $\sigma$ at the start of a step")
     return figure
 
