@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import one_hot
 from tqdm import tqdm
 
+from edm.ema import gamma_of
 from edm.exact import FiniteData, GaussianMixture
 from edm.loss import edm_weight, squared_error
 from edm.precond import (
@@ -20,9 +21,10 @@ from edm.precond import (
     VPPreconditioning,
     iDDPMPreconditioning,
 )
-from edm.sampler import State, heun_sampler, sample, stochastic_sampler
+from edm.sampler import State, guided, heun_sampler, sample, stochastic_sampler
 from edm.schedule import LINEAR, Schedule, edm_steps
 from lab.build import table_1
+from lab.checkpoint import WIDTHS
 from lab.cli import UserError
 from lab.config import Config, load, with_overrides
 from lab.data import as_tensors, batches, draw_digits, open_dataset, root_mean_square, to_model_range
@@ -192,6 +194,56 @@ def variances(preconditioning: Preconditioning, y: torch.Tensor, sigma: torch.Te
 def left_to_predict(y: torch.Tensor, sigma: float, c_skip: float) -> torch.Tensor:
     """Return y - c_skip (y + n), what c_out F has to predict."""
     return y - c_skip * (y + sigma * torch.randn(y.shape, generator=generator_for("noise"), dtype=y.dtype))
+
+
+def widened(data: GaussianMixture, variance: float) -> GaussianMixture:
+    """Return a mixture whose components are wider: the exact denoiser of it is an imperfect one of `data`."""
+    covariances = data.eigenvectors @ (data.eigenvalues + variance).diag_embed() @ data.eigenvectors.mT
+    return GaussianMixture(data.means, covariances, data.log_weights.exp())
+
+
+def component(data: GaussianMixture, k: int) -> GaussianMixture:
+    """Return one component of a mixture as a mixture: the data of one class."""
+    covariance = data.eigenvectors[k] @ data.eigenvalues[k].diag() @ data.eigenvectors[k].mT
+    return GaussianMixture(data.means[k : k + 1], covariance[None])
+
+
+def guided_samples(data: GaussianMixture, weight: float, interval: tuple[float, float]) -> dict[str, tuple]:
+    """Sample 500 points with guidance from a network that takes the data for wider than they are.
+
+    Returns:
+        By the kind of guidance, the samples (500, 1, 1, D) and the data that they should be: a network that is guided by a
+        worse one, and a network that is told the first component, guided by the one that is not.
+    """
+    latents = torch.randn(500, 1, 1, data.means.shape[1], generator=generator_for("guided"), dtype=torch.float64)
+    network, one = widened(data, 0.04), component(data, 0)
+    pairs = {
+        "autoguidance": (network, widened(data, 0.2), data),
+        "classifier-free guidance": (widened(one, 0.04), network, one),
+    }
+    steps = edm_steps(18)
+    return {
+        name: (heun_sampler(guided(D, guide, weight, interval), latents, steps), target)
+        for name, (D, guide, target) in pairs.items()
+    }
+
+
+def share_within(x: torch.Tensor, data: GaussianMixture, share: float = 0.9) -> tuple[float, float]:
+    """Return the part of samples in the densest region with this share of the data, and the log-density at its edge."""
+    of_data = data.log_density(images(data.sample(4000, generator_for("region"))), 1e-3)
+    edge = of_data.quantile(1 - share).item()
+    return (data.log_density(x, 1e-3) > edge).double().mean().item(), edge
+
+
+def known_averages(count: int) -> list[tuple[float, float]]:
+    """Return (time, width) of the averages in `count` equally spaced snapshots; training ends at time 1."""
+    return [((place + 1) / count, width) for place in range(count) for width in WIDTHS]
+
+
+def profile(tau: torch.Tensor, t: float, width: float) -> torch.Tensor:
+    """Return p(tau), the weight that the average of this width at time t gives to the network of time tau."""
+    gamma = gamma_of(width)
+    return torch.where(tau <= t, (gamma + 1) * tau**gamma / t ** (gamma + 1), 0.0)
 
 
 # Data and training

@@ -12,11 +12,15 @@ from experiments import (
     bow,
     errors_at_sigma_min,
     errors_of_steps,
+    guided_samples,
     images,
+    known_averages,
     left_to_predict,
     normals,
     order_of,
+    profile,
     rms,
+    share_within,
     trajectory,
     variances,
     wasserstein,
@@ -25,6 +29,7 @@ from ipywidgets import FloatLogSlider
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
+from edm.ema import reconstruct
 from edm.exact import GaussianMixture
 from edm.loss import LogNormal
 from edm.precond import Denoiser, EDMPreconditioning, score
@@ -161,8 +166,8 @@ def step_errors(denoiser: Denoiser, latents: torch.Tensor, rho: float, num_steps
 def orders(denoiser: Denoiser, alpha: float) -> Figure:
     """Draw the error against the number of steps, for Euler's method and a second-order one."""
     step_counts, (figure, panel) = [8, 16, 32, 64, 128], canvas(1, width=5.5, height=3.4)
-    methods = {"Euler": {"solver": "euler"}, rf"$\alpha$ = {alpha:g}": {"alpha": alpha}}
-    for (name, options), color in zip(methods.items(), ("gray", COLORS["EDM"])):
+    methods = {"Euler": {"solver": "euler"}, rf"$\alpha$ = {alpha:g}": {"alpha": alpha}, "dpmpp_2m": {"solver": "dpmpp_2m"}}
+    for (name, options), color in zip(methods.items(), ("gray", COLORS["EDM"], "black")):
         errors = errors_at_sigma_min(denoiser, step_counts, **options)
         panel.loglog(step_counts, errors, "o-", color=color, markersize=4, label=f"{name}: order {order_of(errors):.2f}")
     panel.set(xlabel="steps N", ylabel=r"error at $\sigma_{min}$")
@@ -217,6 +222,37 @@ def histogram(data: GaussianMixture, samples: dict[str, torch.Tensor]) -> Figure
         panel.hist(x.flatten().numpy(), color=COLORS["EDM"], label="samples", **options)
         panel.set(xlabel="x", title=f"{name}: distance {wasserstein(x, data):.3f}", yticks=[])
         panel.legend(fontsize=8)
+    return figure
+
+
+def guidance(data: GaussianMixture, weight: float, low: float, high: float) -> Figure:
+    """Draw samples guided by a worse network, and by one without classes, over the regions that hold 90% of the data."""
+    figure, axes = canvas(2, width=8.4, height=4.2)
+    line = torch.linspace(-3.2, 2.4, 113, dtype=torch.float64)
+    mesh = torch.cartesian_prod(line, line)
+    for panel, (name, (x, target)) in zip(axes, guided_samples(data, weight, (low, high)).items()):
+        share, edge = share_within(x, target)
+        density = target.log_density(images(mesh), 1e-3).reshape(113, 113).T
+        panel.contourf(line, line, density, levels=[edge, math.inf], colors=["lightgray"])
+        panel.plot(*x.flatten(1).T, ".", color=COLORS["EDM"], markersize=2.5)
+        panel.set_title(f"{name}: {share:.0%} in the grey region", fontsize=9)
+        panel.set(xticks=[], yticks=[], xlim=(-3.2, 2.4), ylim=(-2.4, 2.4))
+    return figure
+
+
+def average_after_training(width: float, snapshots: int) -> Figure:
+    """Draw the weight that an average gives to each moment of training: as wanted, and as put together from snapshots."""
+    tau = torch.linspace(0, 1, 401, dtype=torch.float64)
+    known = known_averages(snapshots)
+    factors, residual = reconstruct(known, (1.0, width))
+    found = sum(factor * profile(tau, *average) for factor, average in zip(factors, known))
+    figure, panel = canvas(1, width=7.5, height=3.2)
+    for average in known:
+        panel.plot(tau, profile(tau, *average), color="lightgray", linewidth=0.8, zorder=0)
+    panel.plot(tau, profile(tau, 1.0, width), color="black", linewidth=3, label=f"wanted: width {width:g}")
+    panel.plot(tau, found, color=COLORS["EDM"], label=f"from {snapshots} snapshots: off by {residual:.1%}")
+    panel.set(xlabel="time of training", ylabel="weight in the average", xlim=(0, 1), ylim=(-2, 1.2 * found.max().item()))
+    panel.legend(fontsize=8, loc="upper left")
     return figure
 
 

@@ -18,7 +18,7 @@ PATH = Path(__file__).parents[2] / "notebooks" / "design_space.ipynb"
 SECTIONS = [
     *("Introduction", "A refresher on diffusion", "Sampling choices", "Sources of error", "Design choices"),
     *("Deterministic sampling", "Stochastic sampling", "The neural denoiser", "Network and preconditioning"),
-    *("Training and loss", "Conclusion"),
+    *("Training and loss", "After the paper", "Conclusion"),
 ]
 NOTEBOOK = nbformat.read(PATH, as_version=4)
 CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
@@ -48,6 +48,10 @@ EDITS = {  # what a learner would try
     "deeper networks": ("num_blocks=(1, 4, 1, 2)", "num_blocks=(1, 8, 1, 8)"),
     "three training steps": ("steps=400", "steps=3"),
     "other training noise": ("steps=400)", "steps=3, P_mean=0.5)"),
+    "no guidance": ("weight=(1.0, 4.0, 0.1, 2.0)", "weight=[1.0]"),
+    "guidance nowhere": ("high=log_slider(80.0, 0.01, 80)", "high=log_slider(0.01, 0.01, 80)"),
+    "the widest average": ("width=(0.03, 0.25, 0.01, 0.07)", "width=[0.2886]"),
+    "one snapshot": ("snapshots=(1, 24, 1, 8)", "snapshots=[1]"),
     "another weight": ("edm_weight(sigma, tiny.sigma_data)", "1 / sigma**2"),
 }
 
