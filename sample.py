@@ -14,7 +14,15 @@ from lab.build import build_sampler
 from lab.config import Sampler
 from lab.device import autocast_dtype, explain_device_errors
 from lab.distributed import distributed
-from lab.generate import add_checkpoint_arguments, export, generate, grid_columns, load_denoiser, networks
+from lab.generate import (
+    add_checkpoint_arguments,
+    check_guide_is_used,
+    export,
+    generate,
+    grid_columns,
+    load_denoiser,
+    networks,
+)
 
 FLAGS = [name for name in Sampler.model_fields if name != "num_samples"]  # each replaces an entry of the config's sampler
 MAX_ANIMATED = 10  # images in the animation
@@ -36,6 +44,7 @@ def main() -> None:
             raise UserError(f"--class: {class_index} is not a class of {args.checkpoint}: {known}")
         seeds = args.seeds or list(range(args.num_samples or config.sampler.num_samples))
         build_sampler(config)  # raises now if its choices do not fit together, before anything is written
+        check_guide_is_used(config)
         folder = args.output_dir or Path("output/image") / config.data.dataset / "sample" / config.name
         pictures.check_writable(folder / "grid.png")
         if args.compile:

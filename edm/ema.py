@@ -11,7 +11,7 @@ from edm.schedule import bisect
 
 
 class Average:
-    """Holds an average of the weights of a network in training, as a second network `net`. Each subclass has its `beta`."""
+    """Holds an average of the weights of a network in training, as a second network `net`. Subclasses define its `beta`."""
 
     def __init__(self, net: nn.Module):
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
@@ -58,7 +58,7 @@ class PowerEMA(Average):
         self.gamma = gamma_of(sigma_rel)
 
     def beta(self, images_seen: int, batch_size: int) -> float:
-        """Return the decay of one update: the integral of p up to the start of the step, in which theta is constant."""
+        """Return the decay of one update: exactly the integral of p up to the start of the step, as theta is constant in it."""
         return (1 - batch_size / images_seen) ** (self.gamma + 1)
 
 

@@ -19,7 +19,7 @@ from lab.config import Config, with_overrides
 from lab.data import HAVE_TEST_SETS
 from lab.device import autocast_dtype, explain_device_errors
 from lab.distributed import World, distributed
-from lab.generate import add_checkpoint_arguments, class_labels, generate, load_denoiser, on_evaluation
+from lab.generate import add_checkpoint_arguments, check_guide_is_used, class_labels, generate, load_denoiser, on_evaluation
 from lab.metrics import MIN_IMAGES, Comparison, LabelledImages, real_images
 from lab.pictures import check_writable, save_sweep
 
@@ -51,6 +51,8 @@ def main() -> None:
         precision = world.common_precision(first(lambda: autocast_dtype(args.mixed_precision, device)))
         config, denoiser, step = first(lambda: load_denoiser(args.checkpoint, args.config_path, args.overrides, device))
         first(lambda: build_sampler(config))
+        if not args.sweep:
+            first(lambda: check_guide_is_used(config))
         train, held_out = first(lambda: real_images(config))
         real = held_out if args.against == "test" else train
         images, labels = first(lambda: first_images(real, args.num_images, config.network.label_dim))

@@ -66,8 +66,6 @@ def load_denoiser(
     if config.sampler.guide and Path(config.sampler.guide).resolve() == path.resolve():
         instead = "; null guides by the network without its classes" if config.network.label_dim else ""
         raise UserError(f"sampler.guide: {path} cannot guide itself{instead}")
-    if config.sampler.guide and config.sampler.guidance == 1:
-        raise UserError("sampler.guide: with sampler.guidance 1 the guide is not used; choose another weight, such as 2")
     denoiser.guide = load_guide(config, device, world)
     return config, denoiser.eval().requires_grad_(False), contents["step"]
 
@@ -92,6 +90,12 @@ def load_guide(config: Config, device: torch.device, world: World | None = None)
             raise UserError(f"sampler.guide: {path} has {entry}={found}, and the network that it would guide {expected}")
     check_chain(config, own, path)
     return guide
+
+
+def check_guide_is_used(config: Config) -> None:
+    """Raise a `UserError` if the config's sampler names a guide and gives it no weight."""
+    if config.sampler.guide and config.sampler.guidance == 1:
+        raise UserError("sampler.guide: with sampler.guidance 1 the guide is not used; choose another weight, such as 2")
 
 
 def networks(denoiser: nn.Module) -> list[nn.Module]:
@@ -240,6 +244,7 @@ def export(source: Path, target: Path, config_path: Path | None, overrides: list
     checkpoint.check_name(target, "--export")
     config, denoiser, step = load_denoiser(source, config_path, overrides, torch.device("cpu"))
     build_sampler(config)  # raises if its choices do not fit together
+    check_guide_is_used(config)
     for path in filter(None, (source, config.sampler.guide)):
         if target.resolve() == Path(path).resolve():
             raise UserError(f"--export: {path} would be overwritten; choose another name")

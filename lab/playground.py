@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from edm.sampler import SOLVERS
 from edm.schedule import DISCRETIZATIONS, SCALINGS, SCHEDULES
 from lab.live import Live, control, in_line, is_static, live, show, values_of, widgets
-from lab.trajectories import FILES, FOUR, GUIDANCE, ONE, TRAINED, VIEWS, draw, preset
+from lab.trajectories import FILES, FOUR, GUIDANCE, ONE, TRAINED, VIEWS, draw, load_problem, preset
 
 DATA = ("two peaks", "two points", "2-D mixture", "2-D spiral", *TRAINED)
 ALT = "Paths of a sampler from noise to data, with its error and the number of evaluations of the denoiser"
@@ -25,7 +25,7 @@ def applies(name: str, settings: dict[str, object]) -> bool:
     if name in GUIDANCE:
         return settings["data"] in TRAINED
     if name == "class_index":
-        return settings["data"] in TRAINED and settings["data"] != "digits without classes"
+        return settings["data"] in TRAINED and load_problem(settings["data"]).config.network.label_dim > 0
     if settings["view"] == FOUR:
         return False
     if name == "solver":
@@ -118,7 +118,7 @@ def make_panel(controls: dict[str, "widgets.Widget"]) -> "widgets.Widget":
 
 
 def playground() -> None:
-    """Display all choices of Table 1's samplers as controls, with the paths from noise to data, their error and their cost."""
+    """Display the samplers' choices as controls, with the paths from noise to data, their error and their cost."""
     if is_static():  # a picture for each preset
         return live(lambda column: draw(**START | preset(column)), ALT, column=list(FILES))
     controls = make_controls()

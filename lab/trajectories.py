@@ -1,4 +1,4 @@
-"""Trajectories of samplers from noise to data, on toy data and on trained networks: computed, compared, drawn."""
+"""Trajectories of samplers from noise to data, for the playground: on toy data and on trained networks, computed and drawn."""
 
 import functools
 import math
@@ -177,8 +177,8 @@ class Result(NamedTuple):
 
     def caption(self, between: str = ", ") -> str:
         """Return the error and the number of evaluations in words."""
-        error = f"error {self.error:.2g}" if self.solution.trajectories else "error: computing"
-        return f"{'random paths' if self.is_random else error}{between}{self.trajectories.evaluations} evaluations"
+        known = f"error {self.error:.2g}" if self.solution.trajectories else "error: computing"
+        return f"{'random paths' if self.is_random else known}{between}{self.trajectories.evaluations} evaluations"
 
 
 def results(
@@ -189,7 +189,7 @@ def results(
     They are yielded twice if the solution is not known yet: before and after it is computed.
     """
     guidance = {name: choices.pop(name) for name in GUIDANCE}
-    if data not in TRAINED:  # there are no classes
+    if data not in TRAINED:  # toy data have no guide
         guidance = {}
     class_index = None if class_index == "all" or data not in TRAINED else class_index
     chosen = {name: preset(name) for name in FILES} if view == FOUR else {ONE: choices}

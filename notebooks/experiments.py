@@ -209,11 +209,11 @@ def component(data: GaussianMixture, k: int) -> GaussianMixture:
 
 
 def guided_samples(data: GaussianMixture, weight: float, interval: tuple[float, float]) -> dict[str, tuple]:
-    """Sample 500 points with guidance from a network that takes the data for wider than they are.
+    """Sample 500 points by a guided network that takes the data for wider than they are.
 
     Returns:
-        By the kind of guidance, the samples (500, 1, 1, D) and the data that they should be: a network that is guided by a
-        worse one, and a network that is told the first component, guided by the one that is not.
+        By the kind of guidance, the samples (500, 1, 1, D) and the data that they should resemble: of a network that is guided
+        by a worse one, and of a network that is told the first component, guided by the one that is not.
     """
     latents = torch.randn(500, 1, 1, data.means.shape[1], generator=generator_for("guided"), dtype=torch.float64)
     network, one = widened(data, 0.04), component(data, 0)

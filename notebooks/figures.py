@@ -164,7 +164,7 @@ def step_errors(denoiser: Denoiser, latents: torch.Tensor, rho: float, num_steps
 
 
 def orders(denoiser: Denoiser, alpha: float) -> Figure:
-    """Draw the error against the number of steps, for Euler's method and a second-order one."""
+    """Draw the error against the number of steps, for Euler's method, one of second order, and `dpmpp_2m`."""
     step_counts, (figure, panel) = [8, 16, 32, 64, 128], canvas(1, width=5.5, height=3.4)
     methods = {"Euler": {"solver": "euler"}, rf"$\alpha$ = {alpha:g}": {"alpha": alpha}, "dpmpp_2m": {"solver": "dpmpp_2m"}}
     for (name, options), color in zip(methods.items(), ("gray", COLORS["EDM"], "black")):
@@ -249,9 +249,11 @@ def average_after_training(width: float, snapshots: int) -> Figure:
     figure, panel = canvas(1, width=7.5, height=3.2)
     for average in known:
         panel.plot(tau, profile(tau, *average), color="lightgray", linewidth=0.8, zorder=0)
-    panel.plot(tau, profile(tau, 1.0, width), color="black", linewidth=3, label=f"wanted: width {width:g}")
-    panel.plot(tau, found, color=COLORS["EDM"], label=f"from {snapshots} snapshots: off by {residual:.1%}")
-    panel.set(xlabel="time of training", ylabel="weight in the average", xlim=(0, 1), ylim=(-2, 1.2 * found.max().item()))
+    wanted = profile(tau, 1.0, width)
+    panel.plot(tau, wanted, color="black", linewidth=3, label=f"wanted: width {width:g}")
+    panel.plot(tau, found, color=COLORS["EDM"], label=f"from snapshots ({snapshots}): off by {residual:.1%}")
+    panel.set(xlabel="time of training", ylabel="weight in the average", xlim=(0, 1))
+    panel.set_ylim(-2, 1.2 * torch.maximum(wanted, found).max().item())
     panel.legend(fontsize=8, loc="upper left")
     return figure
 

@@ -288,7 +288,7 @@ def test_digits_are_drawn_by_the_shipped_network(monkeypatch):
 def test_digits_without_classes_are_guided_by_a_worse_network(monkeypatch):
     problem = trajectories.load_problem("digits without classes")
     monkeypatch.setattr(trajectories, "load_problem", lambda data: problem._replace(fine=3, count=2))
-    settings = START | {"data": "digits without classes", "N": 2, "S_churn": 0.0}
+    settings = START | {"data": "digits without classes", "N": 2}
     guide, alone, twice = (finish(results(**settings | {"guidance": weight}))[ONE].trajectories for weight in (0.0, 1.0, 2.0))
     assert (alone.evaluations, twice.evaluations) == (3, 6)
     # All three start at the same x, so the first denoised images lie on a line: D_guide, D and twice as far.
