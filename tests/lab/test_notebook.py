@@ -146,6 +146,17 @@ def test_figures_are_live_described_and_short():
     assert len(controls) >= 14
 
 
+def test_what_a_live_picture_reads_is_not_redefined_later():
+    """It is drawn again after all cells have run, with the values that the names have then."""
+    defined = [names(cell.source, ast.Store) for cell in CODE]
+    for place, cell in enumerate(CODE):
+        later = set().union(*defined[place + 1 :])
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.Lambda | ast.FunctionDef):
+                source, arguments = ast.unparse(node), {each.arg for each in ast.walk(node) if isinstance(each, ast.arg)}
+                assert not (names(source, ast.Load) - names(source, ast.Store) - arguments) & later, cell.source
+
+
 def test_it_follows_the_paper_and_reimplements_nothing():
     """Its sections are the paper's, and it defines nothing by a name that `edm` has."""
     texts = "\n".join(cell.source for cell in NOTEBOOK.cells if cell.cell_type == "markdown")
