@@ -55,7 +55,7 @@ def make_controls() -> dict[str, "widgets.Widget"]:
         return widgets.FloatLogSlider(value=low, **options)
 
     specs = {
-        "data": widgets.ToggleButtons(options=DATA),
+        "data": widgets.ToggleButtons(options=DATA, style={"button_width": "auto"}),
         "view": widgets.ToggleButtons(options=VIEWS),
         "solver": choice([*SOLVERS, "ddim"]),
         "discretization": choice(DISCRETIZATIONS),
@@ -81,7 +81,7 @@ def make_controls() -> dict[str, "widgets.Widget"]:
     for name, widget in controls.items():
         widget.value = START[name]
         if name not in ("data", "view"):
-            widget.layout.width, widget.style.description_width = "286px", "92px"
+            widget.layout.width, widget.style.description_width = "286px", "100px"
     return controls
 
 
